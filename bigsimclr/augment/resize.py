@@ -1,0 +1,111 @@
+"""Bicubic resizing by four taps per axis, with the rounding of the official code; numpy only.
+
+Neither kernel smooths before it shrinks: both read four pixels however small the output is.
+"""
+
+from functools import lru_cache
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Resize = Literal["tf2", "tf1"]
+
+# TensorFlow tabulates the kernel at 1/1024 of a pixel and rounds every offset to it.
+_STEPS: Final = 1024
+_KEYS: Final = {"tf2": -0.5, "tf1": -0.75}
+
+
+def taps(
+    lengths: npt.NDArray[np.int64], size: int, resize: Resize
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Find which pixels each output pixel reads, and with what weights, along one axis.
+
+    tf2: half-pixel centres, a = -0.5, taps outside the crop dropped and the others renormalised.
+    tf1: output i reads at i * length / size, a = -0.75, taps outside the crop moved to its edge.
+
+    Source: TensorFlow resize_bicubic_op.cc, as called by google-research/simclr
+    tf2/data_util.py and data_util.py.
+
+    Args:
+        lengths: int64 [U], lengths of the crops in pixels.
+        size: Length of the output in pixels.
+        resize: Which kernel.
+
+    Returns:
+        int64 [U,size], position of the first tap in the crop, from -2; float32 [U,size,4],
+        weights of the four neighbours from there. Those outside the crop weigh nothing.
+    """
+    scale = lengths.astype(np.float32)[:, None] / np.float32(size)
+    output = np.arange(size, dtype=np.float32)
+    if resize == "tf2":
+        source = (output + np.float32(0.5)) * scale - np.float32(0.5)
+    else:
+        source = output * scale
+    floor = np.floor(source)
+    fraction = np.rint((source - floor) * np.float32(_STEPS)).astype(np.int64)
+    near, far = _kernel(_KEYS[resize])
+    weight = np.stack(
+        [far[fraction], near[fraction], near[_STEPS - fraction], far[_STEPS - fraction]], axis=-1
+    )
+    first = floor.astype(np.int64) - 1
+    index = first[..., None] + np.arange(4)
+    edge = np.clip(index, 0, lengths[:, None, None] - 1)
+    outside = index != edge
+    kept = np.where(outside, np.float32(0), weight)
+    if resize == "tf2":
+        return first, kept / kept.sum(axis=-1, keepdims=True)
+    moved = np.where(outside, weight, np.float32(0))
+    for tap in range(4):
+        at_edge = np.arange(4) == (edge - first[..., None])[..., tap, None]
+        kept = kept + at_edge * moved[..., tap, None]
+    return first, kept
+
+
+def crop_resize_one(
+    image: npt.NDArray[np.uint8],
+    box: npt.NDArray[np.int32],
+    size: tuple[int, int],
+    resize: Resize,
+) -> npt.NDArray[np.float32]:
+    """Crop one image and resize the crop.
+
+    Args:
+        image: uint8 [h,w,3].
+        box: int32 [4], crop as (y, x, height, width) in pixels.
+        size: Height and width of the output in pixels.
+        resize: Which kernel.
+
+    Returns:
+        float32 [3,H,W], nominally in [0, 1] but not clipped: the kernel overshoots at edges.
+    """
+    y, x, height, width = (int(side) for side in box)
+    crop = image[y : y + height, x : x + width]
+    rows = _resample(crop, size[0], resize)
+    rows *= np.float32(1 / 255)
+    columns = _resample(np.ascontiguousarray(rows.transpose(1, 0, 2)), size[1], resize)
+    return np.ascontiguousarray(columns.transpose(2, 1, 0))
+
+
+def _resample(
+    pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32], size: int, resize: Resize
+) -> npt.NDArray[np.float32]:
+    # [length, ...] -> float32 [size, ...] along the first axis, whose rows are contiguous.
+    length = len(pixels)
+    first, weight = taps(np.array([length], np.int64), size, resize)
+    index = np.clip(first[0, :, None] + np.arange(4), 0, length - 1)
+    total: npt.NDArray[np.float32] = pixels[index[:, 0]] * weight[0, :, 0, None, None]
+    for tap in range(1, 4):
+        total += pixels[index[:, tap]] * weight[0, :, tap, None, None]
+    return total
+
+
+@lru_cache
+def _kernel(a: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    # float32 [1025] each: the cubic kernel at distances 0..1 and 1..2.
+    near = np.arange(_STEPS + 1, dtype=np.float32) / np.float32(_STEPS)
+    far = near + np.float32(1)
+    a_ = np.float32(a)
+    inner = ((a_ + 2) * near - (a_ + 3)) * near * near + 1
+    outer = ((a_ * far - 5 * a_) * far + 8 * a_) * far - 4 * a_
+    return inner.astype(np.float32), outer.astype(np.float32)

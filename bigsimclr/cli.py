@@ -1,0 +1,380 @@
+"""The command `bigsimclr`. Each command is a few lines; nothing heavy is imported before its use."""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from typer.core import TyperCommand
+
+from bigsimclr.errors import BigSimCLRError, RecipeError, Stopped
+
+if TYPE_CHECKING:
+    from bigsimclr.recipe.schema import AnyStage, FinetuneRecipe, LinearRecipe, SupervisedRecipe
+
+_EXIT_CODES = (
+    "Exit codes: 0 done, 1 unexpected, 2 usage or recipe, 3 data, 4 checkpoint, 5 numerics, "
+    "7 storage, 8 refused for security, 75 stopped on request: the same command continues, "
+    "130 interrupted."
+)
+
+
+class _Command(TyperCommand):
+    """A command that ends in one line on standard error, not in a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # typer bundles its own Context
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, BrokenPipeError):
+            raise
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place to tell the user
+            if ctx.find_root().params["debug"]:
+                traceback.print_exc()
+            raise typer.Exit(_tell(error)) from None
+
+
+def _tell(error: BaseException) -> int:
+    """Print what happened on standard error and return the exit code."""
+    code = 1
+    match error:
+        case Stopped():
+            lines, code = [f"stopped: {error}"], error.exit_code
+        case BigSimCLRError():
+            lines, code = [f"error: {line}" for line in str(error).splitlines()], error.exit_code
+        case KeyboardInterrupt():
+            lines, code = ["interrupted"], 130
+        case _:
+            what = " ".join(str(error).split())
+            lines = [f"error: unexpected {type(error).__name__}: {what}; run again with --debug"]
+    for line in lines:
+        print(f"bigsimclr: {line}", file=sys.stderr)
+    return code
+
+
+app = typer.Typer(
+    name="bigsimclr",
+    help="SimCLRv2 in PyTorch: pretrain, fine-tune on few labels, distil.",
+    epilog=_EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="The recipes that ship.", no_args_is_help=True)
+data_app = typer.Typer(help="Work on image data.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(data_app, name="data")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name from `recipes ls`.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change, such as schedule.epochs=5."),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+def main() -> NoReturn:
+    """Run the command line; `--debug` may stand anywhere in it."""
+    words = sys.argv[1:]
+    if "--debug" in words and "--" not in words:
+        words = ["--debug", *(word for word in words if word != "--debug")]
+    app(words, prog_name="bigsimclr")
+    sys.exit(0)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from bigsimclr import __version__
+
+        print(f"bigsimclr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[  # noqa: ARG001 - its callback answers
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+    debug: Annotated[  # noqa: ARG001 - read by _Command
+        bool, typer.Option("--debug", help="Show tracebacks of errors.")
+    ] = False,
+) -> None:
+    """SimCLRv2 in PyTorch: pretrain, fine-tune on few labels, distil."""
+
+
+@app.command(cls=_Command)
+def run(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run directory; default: runs/RECIPE.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Report no progress.")] = False,
+) -> None:
+    """Run a recipe to its end and write its report; the same command continues a stopped run.
+
+    For a pipeline, KEY=VALUE changes every step, STEP.KEY=VALUE one of them.
+    """
+    from bigsimclr.recipe import (
+        find_recipe,
+        is_pipeline,
+        load_recipe,
+        parse_overrides,
+        run_name,
+    )
+
+    source = find_recipe(recipe)
+    changes = overrides or []
+    loaded = load_recipe(source, () if is_pipeline(source) else changes)
+
+    from bigsimclr.stages import run_recipe
+
+    run_recipe(
+        loaded,
+        name=run_name(recipe),
+        out=out,
+        show=not quiet,
+        source=source,
+        overrides=parse_overrides(changes) if is_pipeline(source) else None,
+    )
+
+
+@app.command(cls=_Command)
+def check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks to plan for.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a recipe with every default spelled out, and what it means here; starts nothing."""
+    from bigsimclr.recipe import find_recipe, is_pipeline, load_recipe, parse_overrides
+    from bigsimclr.recipe.pipeline import plan_pipeline
+    from bigsimclr.recipe.schema import PipelineRecipe
+
+    source = find_recipe(recipe)
+    changes = overrides or []
+    loaded = load_recipe(source, () if is_pipeline(source) else changes)
+    if isinstance(loaded, PipelineRecipe):
+        runs = plan_pipeline(
+            loaded, source=source, overrides=parse_overrides(changes), directory=Path()
+        )
+        checked = [(planned.path, planned.recipe) for planned in runs]
+    else:
+        checked = [("", loaded)]
+    plans = [(path, stage, _plan_rows(stage, world_size)) for path, stage in checked]
+    if as_json:
+        print(json.dumps([_as_facts(*plan) for plan in plans], indent=2))
+        return
+    for path, stage, rows in plans:
+        _print_check(path, stage, rows)
+
+
+def _plan_rows(recipe: "AnyStage", world_size: int) -> list[tuple[str, str]]:
+    from bigsimclr.data import count_examples
+    from bigsimclr.errors import DataError
+    from bigsimclr.recipe.plan import describe
+
+    examples: int | None
+    held_out: int | None
+    try:
+        examples, held_out = count_examples(recipe.data)
+        examples = _walked(recipe, examples)
+    except DataError as error:
+        rows = describe(recipe, examples=None, held_out=None, world_size=world_size)
+        return [("data", f"steps are not known: {error}"), *rows[1:]]
+    return describe(recipe, examples=examples, held_out=held_out, world_size=world_size)
+
+
+def _walked(recipe: "AnyStage", examples: int) -> int:
+    """Count the images that a stage trains on: those with labels where only labels can teach."""
+    from bigsimclr.recipe.schema import FinetuneRecipe, LinearRecipe, SupervisedRecipe
+
+    if isinstance(recipe, LinearRecipe | FinetuneRecipe | SupervisedRecipe):
+        return _labelled(recipe, examples)
+    return examples
+
+
+def _labelled(recipe: "LinearRecipe | FinetuneRecipe | SupervisedRecipe", examples: int) -> int:
+    from bigsimclr.data import build_data
+    from bigsimclr.data.subsets import read_list
+    from bigsimclr.recipe.schema import DigitsData
+
+    labels = recipe.labels
+    if labels.list is not None:
+        return len(read_list(labels.list))
+    if labels.percent is not None:
+        return max(1, round(examples * labels.percent / 100.0))
+    if isinstance(recipe.data, DigitsData):
+        classes = 10
+    else:
+        classes = len(build_data(recipe.data).train.classes)
+    return (labels.per_class or 0) * classes
+
+
+def _as_facts(path: str, recipe: "AnyStage", rows: list[tuple[str, str]]) -> dict[str, object]:
+    return {
+        "run": path or None,
+        "stage": recipe.stage,
+        "recipe": recipe.model_dump(mode="json"),
+        "plan": dict(rows),
+    }
+
+
+def _print_check(path: str, recipe: "AnyStage", rows: list[tuple[str, str]]) -> None:
+    from bigsimclr.recipe import recipe_text
+
+    if path:
+        facts = "; ".join(f"{topic} {text}" for topic, text in rows if topic in ("data", "steps"))
+        print(f"{path}: {recipe.stage}; {facts}")
+        return
+    print(recipe_text(recipe), end="")
+    width = max(len(topic) for topic, _ in rows)
+    print("\n".join(["", *(f"{topic:<{width}}  {text}" for topic, text in rows)]))
+
+
+@app.command(cls=_Command)
+def explain(
+    key: Annotated[str | None, typer.Argument(help="A key, such as loss.temperature.")] = None,
+    *,
+    everything: Annotated[bool, typer.Option("--all", help="Explain every key.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="With --all: the page docs/recipes.md.")
+    ] = False,
+) -> None:
+    """Say what a key of a recipe means: type, range, default, source."""
+    from bigsimclr.recipe.explain import explain as explain_key, explain_all
+
+    if everything == (key is not None):
+        raise RecipeError("explain: give either a key or --all")
+    print(explain_all(markdown=markdown) if key is None else explain_key(key))
+
+
+@app.command(cls=_Command)
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors that complete and check them."""
+    from bigsimclr.recipe import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+@recipes_app.command("ls", cls=_Command)
+def recipes_ls() -> None:
+    """List the recipes that ship, each with the first line of its file."""
+    from bigsimclr.recipe import find_recipe, list_recipes
+
+    names = list_recipes()
+    width = max((len(name) for name in names), default=0)
+    for name in names:
+        first = find_recipe(name).read_text(encoding="utf-8").partition("\n")[0]
+        print(f"{name:<{width}}  {first.removeprefix('#').strip()}".rstrip())
+
+
+@recipes_app.command("cat", cls=_Command)
+def recipes_cat(name: RecipeArgument) -> None:
+    """Print a recipe as its file has it."""
+    from bigsimclr.recipe import find_recipe
+
+    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes_app.command("cp", cls=_Command)
+def recipes_cp(
+    name: RecipeArgument,
+    file: Annotated[Path, typer.Argument(help="File to write; must not exist yet.")],
+) -> None:
+    """Copy a recipe to a file of your own."""
+    from bigsimclr.recipe import find_recipe
+
+    text = find_recipe(name).read_text(encoding="utf-8")
+    _write_new(file, text)
+
+
+def _write_new(file: Path, text: str) -> None:
+    from bigsimclr.errors import StorageError
+
+    try:
+        with file.open("x", encoding="utf-8") as opened:
+            opened.write(text)
+    except FileExistsError:
+        raise StorageError(f"{file} exists already; choose another name") from None
+    except OSError as error:
+        raise StorageError(f"{file}: {error.strerror}") from None
+
+
+@data_app.command("split", cls=_Command)
+def data_split(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="List file to write.")],
+    per_class: Annotated[int | None, typer.Option(min=1, help="Labelled images per class.")] = None,
+    percent: Annotated[float | None, typer.Option(help="Labelled share in percent.")] = None,
+    draw: Annotated[int, typer.Option(min=0, help="Number of the random draw.")] = 0,
+) -> None:
+    """Draw labelled images from a recipe's training images and write their names to a file."""
+    from bigsimclr.data import build_data, labelled_images
+    from bigsimclr.data.subsets import subset_hash
+    from bigsimclr.recipe import load_recipe
+    from bigsimclr.recipe.schema import LabelsSection, PipelineRecipe
+
+    if (per_class is None) == (percent is None):
+        raise RecipeError("data split: give exactly one of --per-class and --percent")
+    if percent is not None and not 0 < percent <= 100:
+        raise RecipeError(f"data split: --percent {percent} is not in (0, 100]")
+    loaded = load_recipe(recipe, overrides or ())
+    if isinstance(loaded, PipelineRecipe):
+        raise RecipeError(f"data split: {recipe} is a pipeline; name one of its stages' recipes")
+    section = LabelsSection(per_class=per_class, percent=percent, draw=draw)
+    train = build_data(loaded.data).train
+    names = [train.name(int(index)) for index in labelled_images(train, section)]
+    _write_new(out, "".join(f"{name}\n" for name in names))
+    print(f"{out}: {len(names)} of {len(train)} images, sha256 {subset_hash(names)}")
+
+
+@app.command(cls=_Command)
+def embed(
+    run_directory: RunArgument,
+    folder: Annotated[Path, typer.Argument(help="A folder of images.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help=".npz file to write.")],
+) -> None:
+    """Write the features of a folder of images, by a run's network."""
+    from bigsimclr.stages.embed import embed_to_file
+
+    count = embed_to_file(run_directory, folder, out)
+    print(f"{out}: features of {count} images")
+
+
+@app.command(cls=_Command)
+def predict(
+    run_directory: RunArgument,
+    folder: Annotated[Path, typer.Argument(help="A folder of images.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="CSV file to write.")] = Path(
+        "predictions.csv"
+    ),
+) -> None:
+    """Write the class of every image in a folder, by a run's classifier."""
+    from bigsimclr.stages.embed import predict_to_file
+
+    count = predict_to_file(run_directory, folder, out)
+    print(f"{out}: classes of {count} images")
+
+
+@app.command(cls=_Command)
+def report(run_directory: RunArgument) -> None:
+    """Write report.html and report.json of a run or a pipeline again."""
+    from bigsimclr.report import write_report
+
+    print(write_report(run_directory))

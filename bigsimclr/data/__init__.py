@@ -1,0 +1,168 @@
+"""Where images come from: the vocabulary of sources, and the one place that builds them.
+
+Importing this package never imports torch, so that `bigsimclr check` can count images.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, Self, assert_never, runtime_checkable
+
+from bigsimclr.recipe.schema import (
+    ArraysData,
+    DataSection,
+    DigitsData,
+    FolderData,
+    ParquetData,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "EqualImages",
+    "Sample",
+    "Source",
+    "Splits",
+    "build_data",
+    "count_examples",
+]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as its source stores it, not yet decoded."""
+
+    image: "bytes | NDArray[np.uint8]"  # an encoded file, or uint8 [H, W, 3]
+    label: int  # class number, -1 when there is none
+    index: int  # position in the source
+
+
+class Source(Protocol):
+    """Images by index. A source knows nothing of order, ranks, subsets or views."""
+
+    classes: tuple[str, ...]  # class names by number; empty when the images have no labels
+    labels: "NDArray[np.int64]"  # [N] class numbers, -1 where there is none
+    fingerprint: str  # sha256 (hex) of what the source holds: names, sizes, labels
+    image_size: (
+        tuple[int, int] | None
+    )  # (height, width) where all images are equal arrays, else None
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Name image `index` for people and list files; unique within the source."""
+        ...
+
+    def read(self, index: int) -> Sample:
+        """Read image `index`; raises OSError or DataError when it cannot be read."""
+        ...
+
+
+@runtime_checkable
+class EqualImages(Source, Protocol):
+    """A source in memory whose images are all the same size: a batch is one gather."""
+
+    def read_many(self, indices: "NDArray[np.int64]") -> "NDArray[np.uint8]":
+        """Return the images of `indices` as one array [B, H, W, 3]."""
+        ...
+
+
+class _Divisible(Source, Protocol):
+    def take(self, rows: "NDArray[np.int64]") -> Self:
+        """Return a source of `rows` alone; names stay."""
+        ...
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images of a recipe."""
+
+    train: Source
+    held_out: Source | None  # never trained on; None when there are none
+
+
+def build_data(section: DataSection) -> Splits:
+    """Open the images that a recipe names, and hold out what it says.
+
+    Raises:
+        DataError: there are no images, or they do not fit the section.
+        MissingExtraError: parquet files, and pyarrow is not installed.
+    """
+    match section:
+        case DigitsData():
+            from bigsimclr.data.arrays import digits
+
+            return _split(digits(), section)
+        case ArraysData():
+            from bigsimclr.data.arrays import load_arrays
+
+            return _split(load_arrays(section.root), section)
+        case FolderData():
+            from bigsimclr.data.folder import held_out_folder, training_folder
+
+            images = training_folder(section.root, section.train, labelled=section.labelled)
+            if section.held_out is None:
+                return _split(images, section)
+            return Splits(images, held_out_folder(images, section.root, section.held_out))
+        case ParquetData():
+            from bigsimclr.data.parquet import open_parquet
+
+            rows = open_parquet(section.root, section.train)
+            if section.held_out is None:
+                return _split(rows, section)
+            apart = open_parquet(section.root, section.held_out, classes=rows.classes)
+            return Splits(rows, apart)
+        case _:
+            assert_never(section)
+
+
+def count_examples(section: DataSection) -> tuple[int, int]:
+    """Count training and held-out images without reading any pixel.
+
+    Raises:
+        DataError: there are no images, or they do not fit the section.
+        MissingExtraError: parquet files, and pyarrow is not installed.
+    """
+    from bigsimclr.data.subsets import held_out_count
+
+    apart = None
+    match section:
+        case DigitsData():
+            from bigsimclr.data.arrays import DIGITS
+
+            images = DIGITS
+        case ArraysData():
+            from bigsimclr.data.arrays import count_arrays
+
+            images = count_arrays(section.root)
+        case FolderData():
+            from bigsimclr.data.folder import count_folder
+
+            images = count_folder(section.root, section.train)
+            if section.held_out is not None:
+                apart = count_folder(section.root, section.held_out)
+        case ParquetData():
+            from bigsimclr.data.parquet import count_parquet
+
+            images = count_parquet(section.root, section.train)
+            if section.held_out is not None:
+                apart = count_parquet(section.root, section.held_out)
+        case _:
+            assert_never(section)
+    if apart is None:
+        apart = held_out_count(images, section.held_out_fraction)
+        return images - apart, apart
+    return images, apart
+
+
+def _split(
+    source: _Divisible, section: DigitsData | ArraysData | FolderData | ParquetData
+) -> Splits:
+    from bigsimclr.data.subsets import split_held_out
+
+    if section.held_out_fraction == 0:
+        return Splits(source, None)
+    train, apart = split_held_out(
+        source.labels, fraction=section.held_out_fraction, seed=section.split_seed
+    )
+    return Splits(source.take(train), source.take(apart) if len(apart) else None)

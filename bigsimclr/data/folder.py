@@ -1,0 +1,257 @@
+"""Images in a folder: one sub-folder per class, or no labels at all."""
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigsimclr.data import Sample
+from bigsimclr.data.names import NameTable, fingerprint, printable, some
+from bigsimclr.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES: Final = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+)
+
+# Errors that a network file system reports in passing; the others will not go away by waiting.
+_PASSING: Final = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
+_WAITS_SECONDS: Final = (0.1, 1.0)
+
+
+class FolderSource:
+    """Read image files by index; build one with `training_folder` or `held_out_folder`."""
+
+    def __init__(
+        self,
+        root: Path,
+        names: NameTable,  # paths of the N images below `root`, with forward slashes
+        *,
+        sizes: NDArray[np.int64],  # [N] bytes
+        labels: NDArray[np.int64],  # [N], -1 where there is none
+        classes: tuple[str, ...],
+    ) -> None:
+        self.root = root
+        self.labels = labels
+        self.classes = classes
+        self.image_size: tuple[int, int] | None = None
+        self.fingerprint = fingerprint(
+            [names.content, sizes.tobytes(), labels.tobytes(), *map(os.fsencode, classes)]
+        )
+        self._names = names
+        self._sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """Return the path of image `index` below the folder."""
+        return self._names[index]
+
+    def read(self, index: int) -> Sample:
+        """Return the file of image `index`, still encoded.
+
+        Raises:
+            OSError: the file cannot be read.
+            DataError: it is no longer a regular file.
+        """
+        content = read_regular(self.root / self._names[index])
+        return Sample(image=content, label=int(self.labels[index]), index=index)
+
+    def take(self, rows: NDArray[np.int64]) -> Self:
+        """Return a source of `rows` alone; names stay."""
+        return type(self)(
+            self.root,
+            self._names.take(rows),
+            sizes=self._sizes[rows],
+            labels=self.labels[rows],
+            classes=self.classes,
+        )
+
+
+def training_folder(root: Path, folder: str, *, labelled: bool) -> FolderSource:
+    """Open the training images below `root`/`folder`.
+
+    Args:
+        root: the data set's folder.
+        folder: the training images' folder, relative to `root`.
+        labelled: the first sub-folder names the class. Without sub-folders there are no labels.
+
+    Raises:
+        DataError: there are no images, or some lie beside the class folders.
+    """
+    path = root / folder
+    found = _scan(path)
+    classes = _class_names(found.names) if labelled else []
+    return _source(path, found, tuple(classes), _labels(found.names, classes, path))
+
+
+def held_out_folder(training: FolderSource, root: Path, folder: str) -> FolderSource:
+    """Open the held-out images below `root`/`folder`, with the classes of the training images.
+
+    Raises:
+        DataError: there are no images, a class is not among the training images, or the two
+            folders overlap.
+    """
+    path = root / folder
+    inner, outer = path.resolve(), training.root.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise DataError(
+            f"the held-out folder {printable(str(path))} and the training folder"
+            f" {printable(str(training.root))} overlap: set data.train to a folder of its own"
+        )
+    found = _scan(path)
+    return _source(
+        path, found, training.classes, _labels(found.names, list(training.classes), path)
+    )
+
+
+def count_folder(root: Path, folder: str) -> int:
+    """Count the images below `root`/`folder` without opening any.
+
+    Raises:
+        DataError: there are none.
+    """
+    return len(_scan(root / folder).names)
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a regular file whole; never wait for a pipe or a device that took its place.
+
+    Raises:
+        OSError: it cannot be read, after two more tries where the error may pass.
+        DataError: it is not a regular file.
+    """
+    for wait in _WAITS_SECONDS:
+        try:
+            return _read_once(path)
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            time.sleep(wait)
+    return _read_once(path)
+
+
+def _read_once(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise DataError("not a regular file")
+        return file.read()
+
+
+@dataclass(frozen=True)
+class _Found:
+    names: list[str]  # sorted by their bytes, the same order under every locale
+    sizes: NDArray[np.int64]
+
+
+def _scan(path: Path) -> _Found:
+    if not path.is_dir():
+        raise DataError(f"{printable(str(path))} is not a folder")
+    sizes: dict[str, int] = {}
+    others: Counter[str] = Counter()
+    irregular: list[str] = []
+    for entry, name in _walk(path):
+        suffix = PurePosixPath(name).suffix.lower()
+        if suffix not in SUFFIXES:
+            others[suffix or "no suffix"] += 1
+            continue
+        try:
+            status = entry.stat()
+        except OSError:
+            irregular.append(name)
+            continue
+        if stat.S_ISREG(status.st_mode):
+            sizes[name] = status.st_size
+        else:
+            irregular.append(name)
+    if irregular:
+        logger.warning(
+            "%s: %d entries with names of images are left out, as they are not files: %s",
+            printable(str(path)),
+            len(irregular),
+            some(sorted(irregular)),
+        )
+    if not sizes:
+        raise DataError(_nothing_found(path, others))
+    names = sorted(sizes, key=os.fsencode)
+    return _Found(names, np.array([sizes[name] for name in names], np.int64))
+
+
+def _walk(root: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """Yield all files below a folder with their relative path; each folder is visited once."""
+    status = root.stat()
+    visited = {(status.st_dev, status.st_ino)}
+    waiting = [("", str(root))]
+    while waiting:
+        prefix, folder = waiting.pop()
+        try:
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: os.fsencode(entry.name))
+        except OSError as error:
+            raise DataError(f"{printable(folder)}: {error.strerror}") from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                yield entry, prefix + entry.name
+                continue
+            # A link may lead back to a folder above: its device and number give it away.
+            status = entry.stat()
+            if (status.st_dev, status.st_ino) not in visited:
+                visited.add((status.st_dev, status.st_ino))
+                waiting.append((f"{prefix}{entry.name}/", entry.path))
+
+
+def _class_names(names: list[str]) -> list[str]:
+    """Take the first sub-folders as classes; a folder without sub-folders has none."""
+    beside = [name for name in names if "/" not in name]
+    if len(beside) == len(names):
+        return []
+    if beside:
+        raise DataError(
+            f"{len(beside)} images lie beside the class folders: {some(beside)}; move them into a"
+            " class folder, or set data.labelled=false"
+        )
+    return sorted({name.split("/", 1)[0] for name in names}, key=os.fsencode)
+
+
+def _labels(names: list[str], classes: list[str], path: Path) -> NDArray[np.int64]:
+    if not classes:
+        return np.full(len(names), -1, np.int64)
+    numbers = {name: number for number, name in enumerate(classes)}
+    folders = [name.split("/", 1)[0] if "/" in name else "" for name in names]
+    unknown = sorted(set(folders) - set(numbers))
+    if unknown:
+        raise DataError(
+            f"{printable(str(path))} has images of {len(unknown)} classes without training images:"
+            f" {some([folder or '(no class folder)' for folder in unknown])}"
+        )
+    return np.array([numbers[folder] for folder in folders], np.int64)
+
+
+def _source(
+    path: Path, found: _Found, classes: tuple[str, ...], labels: NDArray[np.int64]
+) -> FolderSource:
+    return FolderSource(
+        path, NameTable(found.names), sizes=found.sizes, labels=labels, classes=classes
+    )
+
+
+def _nothing_found(path: Path, others: Counter[str]) -> str:
+    text = f"{printable(str(path))} holds 0 images ({' '.join(sorted(SUFFIXES))})"
+    if not others:
+        return f"{text}; it has no other files either"
+    seen = ", ".join(f"{count} x {printable(suffix)}" for suffix, count in others.most_common(3))
+    return f"{text}; it has other files: {seen}"

@@ -1,0 +1,331 @@
+"""Batches from a source: a pure function of (seed, examples seen), whatever reads them.
+
+Neither the number of workers, nor the rank, nor the world size, nor where a run was resumed
+changes which images come, in what order, or how they are drawn.
+
+Shapes: B images of this rank in one step; V views; H = W pixels of a view.
+"""
+
+import hashlib
+import logging
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bigsimclr.augment import ViewSettings
+from bigsimclr.augment.draws import Draws, centre_draws, draw_views
+from bigsimclr.data import EqualImages, Source
+from bigsimclr.data.chunks import Chunk, ChunkReader, Reading
+from bigsimclr.data.order import Cut, Order
+from bigsimclr.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Integers = NDArray[np.int64]
+
+# A chunk crosses from a worker to the training process through shared memory, which containers
+# often limit to 64 MiB, and several are on their way at a time.
+_CHUNK_IMAGES = 64
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's images of one step, and what is to happen to them."""
+
+    pixels: Tensor  # uint8 [B,3,h,w] whole images, or float32 [V,B,3,H,W] cropped already
+    draws: Draws
+    labels: Tensor  # int64 [B], -1 where there is none
+    indices: Tensor  # int64 [B], images shown, by their index in the source
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def split(self, images: int) -> list["Batch"]:
+        """Cut into pieces of `images` images; the last one may be shorter."""
+        return [self._piece(slice(at, at + images)) for at in range(0, len(self), images)]
+
+    def _piece(self, rows: slice) -> "Batch":
+        whole = self.pixels.dim() == 4
+        return Batch(
+            pixels=self.pixels[rows] if whole else self.pixels[:, rows],
+            draws=self.draws.take(rows),
+            labels=self.labels[rows],
+            indices=self.indices[rows],
+        )
+
+    @staticmethod
+    def join(pieces: Sequence["Batch"]) -> "Batch":
+        """Put pieces one behind the other; the opposite of `split`."""
+        if len(pieces) == 1:
+            return pieces[0]
+        across = 0 if pieces[0].pixels.dim() == 4 else 1
+        return Batch(
+            pixels=torch.cat([piece.pixels for piece in pieces], dim=across),
+            draws=Draws.stack([piece.draws for piece in pieces]),
+            labels=torch.cat([piece.labels for piece in pieces]),
+            indices=torch.cat([piece.indices for piece in pieces]),
+        )
+
+
+def view_hash(batch: Batch) -> str:
+    """Hash which images a batch shows and everything drawn for them; sha256 in hex.
+
+    Pieces of ranks or of several steps hash as one whole after `Batch.join`.
+    """
+    digest = hashlib.sha256(batch.indices.numpy().astype("<i8").tobytes())
+    digest.update(batch.labels.numpy().astype("<i8").tobytes())
+    for entry in fields(batch.draws):
+        values = np.ascontiguousarray(getattr(batch.draws, entry.name))
+        digest.update(f"{entry.name} {values.dtype.str} {values.shape}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+class Loader:
+    """Endless training batches of one rank, from any position."""
+
+    def __init__(  # noqa: PLR0913 - each is a key of the recipe or a fact of this process
+        self,
+        source: Source,
+        *,
+        indices: Integers,  # [M] the images to show, by their index in the source
+        labels: Integers,  # [N] class numbers by index; -1 hides a label
+        settings: ViewSettings,
+        views: int,  # V
+        seed: int,
+        global_batch: int,  # images of one step over all ranks
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,  # processes that read, decode and crop; 0: this process
+        prefetch_batches: int = 2,  # batches that the workers together prepare ahead
+        unreadable_limit: float = 0.001,  # share of the M images that may be replaced
+        max_pixels: int = 64_000_000,
+    ) -> None:
+        if len(indices) == 0:
+            raise DataError("there are no images to train on")
+        self.unreadable: dict[str, str] = {}  # name -> reason, of images replaced so far
+        self._source = source
+        self._global_batch = global_batch
+        self._low = rank * global_batch // world_size
+        self._high = (rank + 1) * global_batch // world_size
+        self._workers, self._prefetch_batches = workers, prefetch_batches
+        self._limit = _Limit(share=unreadable_limit, images=len(indices))
+        self._reading = Reading(
+            source=source,
+            order=Order(indices=indices, seed=seed),
+            indices=indices,
+            labels=labels,
+            settings=settings,
+            views=views,
+            max_pixels=max_pixels,
+        )
+
+    def batches(self, first_example: int, steps: int) -> Iterator[Batch]:
+        """Yield the batches of `steps` steps, the first at position `first_example`.
+
+        Raises:
+            DataError: more images than the limit cannot be read, or a worker process died.
+        """
+        cut = Cut(
+            first_example=first_example,
+            step_examples=self._global_batch,
+            low=self._low,
+            high=self._high,
+            chunk=_chunk_images(self._reading),
+        )
+        if isinstance(self._source, EqualImages):
+            for number in range(steps):
+                yield _gathered(self._source, self._reading, cut.step(number))
+            return
+        ahead = self._prefetch_batches
+        for chunks in _steps(self._reading, cut, steps=steps, workers=self._workers, ahead=ahead):
+            for chunk in chunks:
+                self._limit.count(chunk, self.unreadable, "replaced by others")
+            batch = _joined(chunks)
+            if batch is None or len(batch) < self._high - self._low:
+                raise DataError(
+                    f"no readable image was found; {self._limit.summary(self.unreadable)}"
+                )
+            yield batch
+
+
+def evaluation_batches(
+    source: Source,
+    *,
+    indices: Integers,  # [M] the images to show, in this order
+    settings: ViewSettings,
+    batch_size: int,
+    workers: int = 0,
+    prefetch_batches: int = 2,
+    unreadable_limit: float = 0.001,  # share of the M images that may be left out
+    max_pixels: int = 64_000_000,
+) -> Iterator[Batch]:
+    """Yield every image once with its centre crop (V = 1); the last batch may be short.
+
+    Images that cannot be read are left out and logged by name; `Batch.indices` says what was shown.
+
+    Raises:
+        DataError: more images than the limit cannot be read, or a worker process died.
+    """
+    reading = Reading(
+        source=source,
+        order=None,
+        indices=indices,
+        labels=source.labels,
+        settings=settings,
+        views=1,
+        max_pixels=max_pixels,
+    )
+    cut = Cut(
+        first_example=0,
+        step_examples=batch_size,
+        low=0,
+        high=batch_size,
+        chunk=_chunk_images(reading),
+        end=len(indices),
+    )
+    steps = math.ceil(len(indices) / batch_size)
+    if isinstance(source, EqualImages):
+        for number in range(steps):
+            yield _gathered(source, reading, cut.step(number))
+        return
+    limit, unreadable = _Limit(share=unreadable_limit, images=len(indices)), dict[str, str]()
+    for chunks in _steps(reading, cut, steps=steps, workers=workers, ahead=prefetch_batches):
+        for chunk in chunks:
+            limit.count(chunk, unreadable, "left out")
+        batch = _joined(chunks)
+        if batch is not None:
+            yield batch
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """How many images may be unreadable before a run stops."""
+
+    share: float
+    images: int
+
+    def count(self, chunk: Chunk, unreadable: dict[str, str], consequence: str) -> None:
+        """Add what a chunk could not read, name it once, and stop above the limit."""
+        if chunk.failure:
+            raise DataError(chunk.failure)
+        for name, reason in chunk.unreadable.items():
+            if name not in unreadable:
+                unreadable[name] = reason
+                logger.warning("%s cannot be read and is %s: %s", name, consequence, reason)
+        # The small term keeps 0.1 x 30 images at 3, where floating point says 3.0000000000000004.
+        if len(unreadable) > math.ceil(self.share * self.images - 1e-9):
+            raise DataError(self.summary(unreadable))
+
+    def summary(self, unreadable: dict[str, str]) -> str:
+        name, reason = next(iter(unreadable.items()))
+        share = len(unreadable) / self.images
+        return (
+            f"{len(unreadable)} of {self.images} images ({share:.2%}) cannot be read,"
+            f" limit {self.share:.2%} (input.unreadable_limit). First: {name}: {reason}"
+        )
+
+
+def _gathered(source: EqualImages, reading: Reading, positions: Integers) -> Batch:
+    # Equal images in memory: one gather for the whole batch; crops are made on the device.
+    height, width = source.image_size or (0, 0)
+    sizes = np.tile(np.array([height, width], np.int32), (len(positions), 1))
+    if reading.order is None:
+        indices = reading.indices[positions]
+        draws = centre_draws(reading.settings, sizes)
+    else:
+        epochs, indices = reading.order.at(positions)
+        draws = draw_views(
+            reading.settings,
+            seed=reading.order.seed,
+            epochs=epochs,
+            indices=indices,
+            sizes=sizes,
+            views=reading.views,
+        )
+    return Batch(
+        pixels=torch.from_numpy(source.read_many(indices)).permute(0, 3, 1, 2),
+        draws=draws,
+        labels=torch.from_numpy(reading.labels[indices]),
+        indices=torch.from_numpy(indices),
+    )
+
+
+def _chunk_images(reading: Reading) -> int:
+    view_bytes = 4 * 3 * reading.settings.image_size**2 * reading.views
+    return min(_CHUNK_IMAGES, max(1, _CHUNK_BYTES // view_bytes))
+
+
+def _steps(
+    reading: Reading, cut: Cut, *, steps: int, workers: int, ahead: int
+) -> Iterator[list[Chunk]]:
+    """Yield the chunks of one step after the other, read here or in worker processes."""
+    per_step = cut.chunks_per_step
+    reader = ChunkReader(reading, cut, steps * per_step)
+    chunks = (
+        _from_workers(reader, workers, ahead * per_step)
+        if workers
+        else map(reader.__getitem__, range(len(reader)))
+    )
+    for _ in range(steps):
+        yield [next(chunks) for _ in range(per_step)]
+
+
+def _from_workers(reader: ChunkReader, workers: int, ahead: int) -> Iterator[Chunk]:
+    loader = DataLoader(
+        reader,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        prefetch_factor=max(2, math.ceil(ahead / workers)),
+        worker_init_fn=_start_worker,
+        # A fork shares the source's memory with all workers and starts in milliseconds.
+        multiprocessing_context="fork",
+        # Without its own generator the DataLoader would advance the global one.
+        generator=torch.Generator(),
+    )
+    chunks = iter(loader)
+    for _ in range(len(reader)):
+        try:
+            yield next(chunks)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a process that reads images died: {str(error).strip()}"
+                " Usual causes: too little memory or shared memory; try fewer input.workers"
+            ) from error
+
+
+def _as_it_is(chunk: object) -> object:
+    return chunk
+
+
+def _start_worker(number: int) -> None:  # noqa: ARG001 - the DataLoader's signature
+    torch.set_num_threads(1)
+    # A stop request goes to the whole process group; the training process needs its batches until
+    # it has saved, and ends the workers itself.
+    for request in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(request, signal.SIG_IGN)
+
+
+def _joined(chunks: Sequence[Chunk]) -> Batch | None:
+    pieces = [
+        Batch(
+            pixels=chunk.pixels,
+            draws=chunk.draws,
+            labels=torch.from_numpy(chunk.labels),
+            indices=torch.from_numpy(chunk.indices),
+        )
+        for chunk in chunks
+        if len(chunk.indices)
+    ]
+    return Batch.join(pieces) if pieces else None

@@ -1,0 +1,57 @@
+"""The errors a user can cause or meet, each with the exit code the command line returns for it."""
+
+from typing import ClassVar
+
+
+class BigSimCLRError(Exception):
+    """Carry one line for the user: what was found, where, and what to do."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class RecipeError(BigSimCLRError, ValueError):
+    """A recipe, an override or a command line cannot be used as written."""
+
+    exit_code = 2
+
+
+class MissingExtraError(BigSimCLRError, ImportError):
+    """An optional package is needed and not installed; the message names the extra."""
+
+    exit_code = 2
+
+
+class DataError(BigSimCLRError):
+    """Images or labels are missing, unreadable, or do not fit the recipe."""
+
+    exit_code = 3
+
+
+class CheckpointError(BigSimCLRError):
+    """A checkpoint is damaged, missing, or belongs to another run."""
+
+    exit_code = 4
+
+
+class NumericsError(BigSimCLRError, ArithmeticError):
+    """A loss or a gradient is not finite."""
+
+    exit_code = 5
+
+
+class StorageError(BigSimCLRError, OSError):
+    """The run directory cannot be written, or another process is writing it."""
+
+    exit_code = 7
+
+
+class SecurityError(BigSimCLRError):
+    """An input was refused because reading it could run code or exhaust the machine."""
+
+    exit_code = 8
+
+
+class Stopped(BigSimCLRError):  # noqa: N818 - a request, not a fault
+    """The run was asked to stop, has saved its state, and continues with the same command."""
+
+    exit_code = 75

@@ -1,0 +1,35 @@
+"""Losses: NT-Xent for pretraining, cross-entropy and distillation for everything after."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from bigsimclr.losses.classify import cross_entropy, distillation
+from bigsimclr.losses.nt_xent import ContrastiveMetrics, NtXent, contrastive_metrics
+from bigsimclr.recipe.schema import NtXentLoss
+
+__all__ = [
+    "ContrastiveLoss",
+    "ContrastiveMetrics",
+    "build_loss",
+    "contrastive_metrics",
+    "cross_entropy",
+    "distillation",
+]
+
+
+class ContrastiveLoss(Protocol):
+    """A loss of two views' projections, with the metrics that are logged beside it."""
+
+    def __call__(self, first: Tensor, second: Tensor, *, queue: Tensor | None = None) -> Tensor:
+        """Return the loss [] of projections [B, D], [B, D] and past projections [Q, D]."""
+        ...
+
+    def metrics(self, first: Tensor, second: Tensor) -> ContrastiveMetrics:
+        """Return accuracy and entropy of projections [B, D], [B, D]."""
+        ...
+
+
+def build_loss(section: NtXentLoss) -> ContrastiveLoss:
+    """Make the contrastive loss that a recipe's `loss` section describes."""
+    return NtXent(temperature=section.temperature, row_chunk=section.row_chunk)

@@ -1,0 +1,91 @@
+"""Convolution and dense layers with the official initial values, drawn from an explicit generator.
+
+PyTorch's own layers draw from the global generator when they are built; these never do. On the
+meta device nothing is drawn, so that the largest networks can be counted at once.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+TRUNCATION = 2.0
+"""Standard deviations at which the normal distribution of a convolution's weights is cut off."""
+TRUNCATED_STD = 0.87962566103423978
+"""Standard deviation of a unit normal distribution that is cut off at two."""
+DENSE_STD = 0.01
+
+
+def _truncated_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    values = torch.empty(weight.shape, dtype=torch.float32, device=generator.device)
+    nn.init.trunc_normal_(
+        values, std=std, a=-TRUNCATION * std, b=TRUNCATION * std, generator=generator
+    )
+    with torch.no_grad():
+        weight.copy_(values)
+
+
+def _normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    values = torch.empty(weight.shape, dtype=torch.float32, device=generator.device)
+    values.normal_(std=std, generator=generator)
+    with torch.no_grad():
+        weight.copy_(values)
+
+
+class Convolution(nn.Conv2d):
+    """A convolution without bias, padded by (kernel - 1) / 2 zeros on every side.
+
+    For odd kernels this is the official padding at any stride: SAME at stride 1, and the fixed
+    padding of strided convolutions. Weights have standard deviation sqrt(1 / fan_in).
+
+    Source: google-research/simclr resnet.py conv2d_fixed_padding, variance_scaling_initializer.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        *,
+        kernel: int,
+        stride: int = 1,
+        generator: torch.Generator,
+    ) -> None:
+        padding = (kernel - 1) // 2
+        super().__init__(in_width, out_width, kernel, stride=stride, padding=padding, bias=False)
+        if not self.weight.is_meta:
+            std = math.sqrt(1.0 / (in_width * kernel * kernel)) / TRUNCATED_STD
+            _truncated_normal(self.weight, std, generator)
+
+    @override
+    def reset_parameters(self) -> None:
+        """Do nothing: the constructor draws the weights from its own generator."""
+
+
+class Dense(nn.Linear):
+    """A dense layer with weights from N(0, 0.01), or zero without a generator; its bias is zero.
+
+    Source: google-research/simclr model_util.py linear_layer.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        *,
+        has_bias: bool,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__(in_width, out_width, bias=has_bias)
+        if self.weight.is_meta:
+            return
+        if generator is None:
+            nn.init.zeros_(self.weight)
+        else:
+            _normal(self.weight, DENSE_STD, generator)
+        if has_bias:
+            nn.init.zeros_(self.bias)
+
+    @override
+    def reset_parameters(self) -> None:
+        """Do nothing: the constructor draws the weights from its own generator."""

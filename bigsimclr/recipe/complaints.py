@@ -1,0 +1,234 @@
+"""What pydantic found wrong, said plainly, at the place where it was written."""
+
+from dataclasses import dataclass
+from typing import get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from bigsimclr.recipe.keys import STAGES, did_you_mean, dotted_keys, kind_of, nearest, sections_in
+from bigsimclr.recipe.schema import Section
+from bigsimclr.recipe.yaml_tree import Node, Problem, show
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "tuple_type": "a list",
+    "dict_type": "a section with keys",
+    "model_type": "a section with keys",
+    "model_attributes_type": "a section with keys",
+}
+_YES_NO = ("yes", "no", "on", "off", "y", "n", "true", "false")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an error belongs."""
+
+    key: str  # dotted
+    node: Node  # the deepest node that was written
+    section: type[Section] | None  # the section that holds the last part of the key
+    annotation: object  # what the schema says about the key
+    is_choice: bool  # one of several types of value was tried
+
+
+def complaints_about(error: ValidationError, root: Node, recipe: type[Section]) -> list[Problem]:
+    """Turn pydantic's errors into lines.
+
+    Args:
+        error: of validating the tree.
+        root: the tree.
+        recipe: what it was validated as.
+    """
+    details = error.errors(include_url=False)
+    located = [(detail, _place(detail["loc"], root, recipe)) for detail in details]
+    failed = {place.key for _, place in located}
+    problems: dict[str, Problem] = {}
+    for detail, place in located:
+        # A list that lost its bad items only seems too short.
+        is_echo = detail["type"] == "too_short" and any(
+            key.startswith(f"{place.key}.") for key in failed
+        )
+        is_rule = detail["type"] == "value_error"
+        if place.node.broken or is_echo or (is_rule and _holds_broken(place.node)):
+            continue
+        text = _sentence(detail, place, recipe)
+        if place.key and place.node.origin != f"override {place.key}":
+            text = f"{show(place.key, 120)}: {text}"
+        # A value that fits none of several types is one mistake, however many types there are.
+        same = place.key if place.is_choice else f"{place.key}: {text}"
+        problems.setdefault(same, Problem(place.node.origin, place.node.line, text))
+    return list(problems.values())
+
+
+def _place(location: tuple[int | str, ...], root: Node, recipe: type[Section]) -> _Place:
+    """Follow pydantic's location, which names kinds of sections besides keys, through the tree."""
+    node = root
+    annotation: object = recipe
+    section: type[Section] | None = None
+    keys: list[str] = []
+    is_choice = False
+    for part in location:
+        choices = sections_in(annotation)
+        if get_origin(annotation) in (tuple, dict):
+            section = None
+            annotation = get_args(annotation)[-1 if isinstance(part, str) else 0]
+        elif len(choices) > 1:
+            annotation = next((c for c in choices if kind_of(c) == part), None)
+            continue
+        elif choices:
+            section = choices[0]
+            field = section.model_fields.get(str(part))
+            annotation = field.annotation if field else None
+        else:
+            is_choice = True
+            break
+        child = _below(node, part)
+        if child is None and isinstance(part, int):
+            break  # a list with too few values: the list is to blame
+        keys.append(str(part))
+        node = child if child is not None else node
+    return _Place(".".join(keys), node, section, annotation, is_choice)
+
+
+def _holds_broken(node: Node) -> bool:
+    children = node.value.values() if isinstance(node.value, dict) else ()
+    return any(child.broken for child in children)
+
+
+def _below(node: Node, part: int | str) -> Node | None:
+    if isinstance(node.value, dict):
+        return node.value.get(str(part))
+    if isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
+        return node.value[part]
+    return None
+
+
+def _sentence(detail: ErrorDetails, place: _Place, recipe: type[Section]) -> str:
+    match detail["type"]:
+        case "extra_forbidden":
+            text = _unknown_key(place, recipe)
+        case "missing":
+            text = _missing(place)
+        case "union_tag_invalid" | "union_tag_not_found":
+            text = _wrong_kind(place)
+        case "value_error":
+            text = detail["msg"].removeprefix("Value error, ")
+        case _:
+            text = _unfit_value(detail, place)
+    return text
+
+
+def _unfit_value(detail: ErrorDetails, place: _Place) -> str:
+    """Say that a known key has a value of the wrong type or beyond its range."""
+    kind = detail["type"]
+    node = place.node
+    if place.is_choice:
+        return f"should be a number or text, not {_written(node)}"
+    if kind in _WANTED:
+        return f"should be {_WANTED[kind]}, not {_written(node)}{_hint(kind, node)}"
+    message = detail["msg"].removeprefix("Input ")
+    for noise in ("Tuple ", "String ", " after validation"):
+        message = message.replace(noise, "")
+    message = message.replace("at most 2 items", "2 values").replace(", not 0", "")
+    if isinstance(node.value, dict | list):
+        return message
+    near = None
+    if kind == "literal_error" and isinstance(node.value, str):
+        near = nearest(node.value, _literals(place.annotation))
+    return f"{message}, not {_written(node)}" + (f"; did you mean '{near}'?" if near else "")
+
+
+def _unknown_key(place: _Place, recipe: type[Section]) -> str:
+    if place.section is None:
+        return "unknown key"
+    *_, word = place.key.split(".")
+    near = nearest(word, place.section.model_fields)
+    if near:
+        return f"unknown key; did you mean '{near}'?"
+    elsewhere = [key for key in dotted_keys(recipe) if key.split(".")[-1] == word]
+    if elsewhere:
+        return f"unknown key; did you mean '{elsewhere[0]}'?"
+    stages = [stage for stage, other in STAGES.items() if word in other.model_fields]
+    if place.section is recipe and stages:
+        return f"unknown key for this stage; it belongs to {', '.join(stages)}"
+    return f"unknown key; {did_you_mean(word, place.section.model_fields)}"
+
+
+def _missing(place: _Place) -> str:
+    if place.section is None:
+        return "too few values"
+    *_, word = place.key.split(".")
+    field = place.section.model_fields[word]
+    meaning = (field.description or "").split("\n")[0]
+    return f"the required key is missing; {meaning[:1].lower()}{meaning[1:]}"
+
+
+def _wrong_kind(place: _Place) -> str:
+    kinds = [kind for section in sections_in(place.annotation) if (kind := kind_of(section))]
+    written = _below(place.node, "kind")
+    if not isinstance(place.node.value, dict):
+        return f"should be a section with keys, not {_written(place.node)}"
+    if written is None:
+        return f"the required key kind is missing; choose from {', '.join(kinds)}"
+    if not isinstance(written.value, str):
+        return f"kind should be one of {', '.join(kinds)}, not {_written(written)}"
+    return f"no kind '{show(written.value)}'; {did_you_mean(written.value, kinds)}"
+
+
+def _literals(annotation: object) -> list[str]:
+    found: list[str] = []
+    for part in get_args(annotation):
+        found += [part] if isinstance(part, str) else _literals(part)
+    return found
+
+
+def _written(node: Node) -> str:
+    value = node.value
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "a section"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str):
+        return f"'{show(value)}'"
+    return repr(value)
+
+
+def _hint(kind: str, node: Node) -> str:
+    """Say how to write what was probably meant; starts with a semicolon, or is empty."""
+    value = node.value
+    if kind == "bool_type":
+        return "; write true or false" if str(value).lower() in _YES_NO else ""
+    if kind in ("string_type", "path_type"):
+        is_bare = isinstance(value, bool | int | float)
+        return f'; put it in quotes: "{_written(node)}"' if is_bare else ""
+    if kind == "int_type" and isinstance(value, float):
+        return f"; write {int(value)}" if value.is_integer() and abs(value) < 2**53 else ""
+    if kind in ("int_type", "float_type") and isinstance(value, str):
+        return _number_hint(value)
+    return ""
+
+
+def _number_hint(text: str) -> str:
+    """Say how to write a number that was read as text."""
+    plain = text.replace("_", "").replace(",", "").strip()
+    body = plain.lstrip("+-")
+    if not body.replace(".", "", 1).isascii() or not body[:1].isdigit():
+        return ""
+    if plain != text:
+        return "; write it without separators and spaces"
+    if body.startswith("0") and body.isdecimal() and len(body) > 1:
+        return f"; write it without the leading zero: {body.lstrip('0') or '0'}"
+    try:
+        float(text)
+    except ValueError:
+        return ""
+    return "; write it without quotes"

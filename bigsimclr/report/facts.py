@@ -1,0 +1,274 @@
+"""What a run directory holds, read without trust: what is missing or damaged becomes a note."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from bigsimclr.errors import BigSimCLRError, RecipeError
+from bigsimclr.recipe.yaml_tree import Node, read_tree
+from bigsimclr.report.records import Record, read_records
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+
+_LARGEST_FILE = 4_000_000  # bytes; recipes and results are a few thousand
+_LONGEST_CHAIN = 16  # parents followed upwards; also ends a circle
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one stage."""
+
+    path: str  # relative to the reported directory; "." when it is the run itself
+    step: str  # the pipeline's name of the step, or the stage
+    stage: str  # "" when nothing says
+    grid: Mapping[str, Json]  # keys that differ between the runs of a step
+    parent: str | None
+    recipe_text: str  # "" when missing
+    recipe: Mapping[str, Json]
+    plan: Mapping[str, Json]
+    environment: Mapping[str, Json]
+    records: Sequence[Record]
+    result: Mapping[str, Json] | None  # None: not finished
+
+    @property
+    def started(self) -> bool:
+        """Whether the run left anything behind."""
+        return bool(self.recipe_text or self.records or self.result is not None)
+
+    @property
+    def protocol(self) -> Mapping[str, Json]:
+        """How the accuracy was measured; empty when not finished."""
+        return mapping((self.result or {}).get("protocol"))
+
+    @property
+    def metrics(self) -> Mapping[str, Json]:
+        """The final metrics; empty when not finished."""
+        return mapping((self.result or {}).get("metrics"))
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of held-out images classified right, 0 to 1."""
+        return number(self.metrics.get("accuracy"))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a pipeline, whether or not any of its runs was made."""
+
+    name: str
+    stage: str
+
+
+@dataclass(frozen=True)
+class RunSet:
+    """Everything one report is about."""
+
+    name: str
+    is_pipeline: bool
+    command: str | None  # that made the run, where it was noted
+    pipeline_text: str  # "" for a single run
+    steps: tuple[Step, ...]
+    runs: tuple[Run, ...]
+    ancestors: tuple[Run, ...]  # runs outside the directory that a single run descends from
+    notes: tuple[str, ...]  # what could not be read
+
+    def lineage(self, run: Run) -> Iterator[Run]:
+        """Yield a run, its parent, the parent's parent and so on."""
+        known = {other.path: other for other in (*self.ancestors, *self.runs)}
+        for _ in range(_LONGEST_CHAIN):
+            yield run
+            if run.parent is None or run.parent not in known:
+                return
+            run = known[run.parent]
+
+    def of_step(self, step: Step) -> tuple[Run, ...]:
+        """Return the runs of one step, in order."""
+        return tuple(run for run in self.runs if run.step == step.name)
+
+
+def mapping(value: Json) -> Mapping[str, Json]:
+    """Return a JSON object, or an empty one for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def sequence(value: Json) -> Sequence[Json]:
+    """Return a JSON list, or an empty one for anything else."""
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+
+
+def number(value: Json) -> float | None:
+    """Return a finite JSON number as a float, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # A float compares false with both bounds when it is NaN; a huge int must not overflow.
+    return float(value) if -1e300 < value < 1e300 else None
+
+
+def text(value: Json) -> str | None:
+    """Return a non-empty JSON string, or None for anything else."""
+    return value if isinstance(value, str) and value else None
+
+
+def read_run_set(run_dir: Path) -> RunSet:
+    """Read a pipeline's directory or a single run's; whatever is missing stays empty.
+
+    Args:
+        run_dir: the directory; it need not be finished, and its files need not be sound.
+    """
+    notes: list[str] = []
+    name = run_dir.resolve().name
+    described, pipeline_text = run_dir / "pipeline.json", run_dir / "pipeline.yaml"
+    if not (described.exists() or pipeline_text.exists()):
+        run = _read_run(run_dir, ".", notes=notes)
+        return RunSet(
+            name=name,
+            is_pipeline=False,
+            command=text(run.environment.get("command")),
+            pipeline_text="",
+            steps=(Step(run.step, run.stage),),
+            runs=(run,),
+            ancestors=tuple(_read_ancestors(run_dir, run, notes)),
+            notes=tuple(notes),
+        )
+    tree = mapping(_read_json(described, notes))
+    written = _read_text(pipeline_text, notes)
+    wanted = _parse_yaml(written, pipeline_text.name, notes)
+    steps: list[Step] = []
+    runs: list[Run] = []
+    for entry in sequence(tree.get("steps") or wanted.get("steps")):
+        step = mapping(entry)
+        step_name = text(step.get("name")) or f"step {len(steps) + 1}"
+        stage = text(step.get("stage")) or ""
+        steps.append(Step(step_name, stage))
+        for item in sequence(step.get("runs")):
+            planned = mapping(item)
+            path = text(planned.get("path"))
+            if path is None or not _is_inside(run_dir, path):
+                notes.append(f"pipeline.json: {path!r} is not a folder of this run; left out")
+                continue
+            runs.append(
+                _read_run(
+                    run_dir / path,
+                    path,
+                    step=step_name,
+                    stage=stage,
+                    grid=mapping(planned.get("grid")),
+                    parent=text(planned.get("parent")),
+                    notes=notes,
+                )
+            )
+    return RunSet(
+        name=text(tree.get("name")) or name,
+        is_pipeline=True,
+        command=text(tree.get("command")),
+        pipeline_text=written,
+        steps=tuple(steps),
+        runs=tuple(runs),
+        ancestors=(),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _read_run(
+    folder: Path,
+    path: str,
+    *,
+    notes: list[str],
+    step: str | None = None,
+    stage: str = "",
+    grid: Mapping[str, Json] | None = None,
+    parent: str | None = None,
+) -> Run:
+    recipe_text = _read_text(folder / "recipe.yaml", notes)
+    recipe = _parse_yaml(recipe_text, f"{folder.name}/recipe.yaml", notes)
+    finished = _read_json(folder / "result.json", notes)
+    result = finished if isinstance(finished, Mapping) else None
+    stage = stage or text(mapping(result).get("stage")) or text(recipe.get("stage")) or ""
+    return Run(
+        path=path,
+        step=step or stage or "run",
+        stage=stage,
+        grid=grid or {},
+        parent=parent or text(mapping(result).get("parent")) or text(recipe.get("parent")),
+        recipe_text=recipe_text,
+        recipe=recipe,
+        plan=mapping(_read_json(folder / "plan.json", notes)),
+        environment=mapping(_read_json(folder / "environment.json", notes)),
+        records=_read_metrics(folder, notes),
+        result=result,
+    )
+
+
+def _read_ancestors(folder: Path, run: Run, notes: list[str]) -> Iterator[Run]:
+    # A run stores its parent relative to itself or, inside a pipeline, to the pipeline.
+    for _ in range(_LONGEST_CHAIN):
+        if run.parent is None:
+            return
+        places = [base / run.parent for base in (folder, *list(folder.resolve().parents)[:3])]
+        found = next((place for place in places if (place / "recipe.yaml").is_file()), None)
+        if found is None:
+            return
+        folder, run = found, _read_run(found, run.parent, notes=notes)
+        yield run
+
+
+def _is_inside(run_dir: Path, path: str) -> bool:
+    if "\0" in path:
+        return False
+    try:
+        return (run_dir / path).resolve().is_relative_to(run_dir.resolve())
+    except (OSError, RuntimeError):
+        return False
+
+
+def _read_text(path: Path, notes: list[str]) -> str:
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            notes.append(f"{path.name}: larger than {_LARGEST_FILE:,} bytes; left out")
+            return ""
+        return path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name}: cannot be read ({type(error).__name__})")
+        return ""
+
+
+def _read_json(path: Path, notes: list[str]) -> Json:
+    written = _read_text(path, notes)
+    if not written:
+        return None
+    try:
+        value: Json = json.loads(written)
+    except (ValueError, RecursionError):
+        notes.append(f"{path.parent.name}/{path.name}: damaged, shown as not run yet")
+        return None
+    return value
+
+
+def _parse_yaml(written: str, name: str, notes: list[str]) -> Mapping[str, Json]:
+    if not written:
+        return {}
+    try:
+        return mapping(_plain(read_tree(written, name).root))
+    except RecipeError as error:
+        notes.append(str(error))
+        return {}
+
+
+def _plain(node: Node) -> Json:
+    if isinstance(node.value, dict):
+        return {key: _plain(inner) for key, inner in node.value.items()}
+    if isinstance(node.value, list):
+        return [_plain(inner) for inner in node.value]
+    return node.value
+
+
+def _read_metrics(folder: Path, notes: list[str]) -> Sequence[Record]:
+    try:
+        return tuple(read_records(folder))
+    except (BigSimCLRError, OSError, ValueError, TypeError, RecursionError) as error:
+        notes.append(f"{folder.name}/metrics.jsonl: {error}")
+        return ()

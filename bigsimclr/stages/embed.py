@@ -1,0 +1,169 @@
+"""Embeddings and predictions: for tensors in memory, and for folders of images to files."""
+
+import csv
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigsimclr.augment import view_settings
+from bigsimclr.augment.device import make_views
+from bigsimclr.data import Source, build_data
+from bigsimclr.data.loader import evaluation_batches
+from bigsimclr.errors import CheckpointError, DataError, RecipeError
+from bigsimclr.models.simclr import SimCLR
+from bigsimclr.recipe.schema import CropFlip, FolderData
+from bigsimclr.stages.evaluate import hidden, inference
+from bigsimclr.stages.load import Loaded, load_run
+from bigsimclr.world import join_world
+
+
+def embed(
+    model: SimCLR,
+    images: Tensor,  # [N,3,H,W]: uint8, or float in [0,1]
+    *,
+    from_layer: int = 0,
+    batch_size: int = 256,
+) -> Tensor:
+    """Return the features [N,F] float32 of images, on the CPU.
+
+    Args:
+        model: the network; its mode is restored afterwards.
+        images: all of one size, which the network sees as it is.
+        from_layer: 0 for the backbone's features, k for the output of the head's layer k.
+        batch_size: images per forward pass.
+
+    Raises:
+        ValueError: the images are not [N,3,H,W], or floats outside [0,1].
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be [N,3,H,W], not {list(images.shape)}")
+    if images.is_floating_point() and images.numel():
+        low, high = images.aminmax()
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"float images must lie in [0,1] and these reach from {low:.3g} to {high:.3g}; "
+                "no mean or standard deviation is subtracted"
+            )
+    device = next(model.parameters()).device
+    parts = []
+    with inference(model):
+        for piece in images.split(batch_size):
+            pixels = piece.to(device)
+            scaled = pixels.float() / 255 if not pixels.is_floating_point() else pixels.float()
+            outputs = model(scaled.contiguous(memory_format=torch.channels_last))
+            parts.append(hidden(outputs, from_layer).float().cpu())
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a network says of one image file."""
+
+    name: str
+    features: Tensor  # [F] of the backbone
+    logits: Tensor | None  # [K]
+
+
+def embed_to_file(run: Path, images: Path, out: Path) -> int:
+    """Write the backbone's features of a folder of images to an .npz file.
+
+    The file holds `names` [N] (text) and `features` [N,F] (float32), in the order of the names.
+
+    Returns:
+        The number of images written.
+
+    Raises:
+        DataError: the folder holds no image.
+        RecipeError: `out` does not end in .npz.
+    """
+    if out.suffix != ".npz":
+        raise RecipeError(f"{out}: embeddings are written as .npz; choose such a name")
+    rows = list(_rows(load_run(run), images))
+    if not rows:
+        raise DataError(f"{images}: no image could be read")
+    names = np.array([row.name for row in rows])
+    features = torch.stack([row.features for row in rows]).numpy()
+    with _whole(out) as temporary, temporary.open("wb") as file:
+        np.savez(file, names=names, features=features)
+    return len(rows)
+
+
+def predict_to_file(run: Path, images: Path, out: Path) -> int:
+    """Write the class of every image in a folder to a CSV file: name, class, probability.
+
+    Returns:
+        The number of images written.
+
+    Raises:
+        CheckpointError: the run has no classifier.
+    """
+    loaded = load_run(run)
+    if loaded.architecture.classes is None:
+        raise CheckpointError(f"{run} has no classifier; fine-tune it first, or use embed")
+    written = 0
+    with _whole(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["name", "class", "probability"])
+        for row in _rows(loaded, images):
+            if row.logits is None:
+                raise AssertionError("a classifier has logits")
+            probability, number = row.logits.softmax(0).max(0)
+            table.writerow([row.name, loaded.classes[int(number)], f"{probability:.6f}"])
+            written += 1
+    return written
+
+
+def _rows(loaded: Loaded, images: Path) -> Iterator[_Row]:
+    source, settings = _folder(images), view_settings(_augment_of(loaded))
+    world = join_world()
+    model = loaded.model.to(world.device)
+    with inference(model):
+        for batch in evaluation_batches(
+            source,
+            indices=np.arange(len(source), dtype=np.int64),
+            settings=settings,
+            batch_size=64,
+            workers=0,
+            unreadable_limit=0.0,
+            max_pixels=64_000_000,
+        ):
+            outputs = model(make_views(batch.pixels, batch.draws, settings, device=world.device))
+            for place, index in enumerate(batch.indices.tolist()):
+                yield _Row(
+                    source.name(index),
+                    outputs.features[place].float().cpu(),
+                    None if outputs.logits is None else outputs.logits[place].float().cpu(),
+                )
+
+
+def _folder(images: Path) -> Source:
+    return build_data(FolderData(kind="folder", root=images, labelled=False)).train
+
+
+def _augment_of(loaded: Loaded) -> CropFlip:
+    recipe = loaded.facts.get("recipe")
+    augment = recipe.get("augment") if isinstance(recipe, dict) else None
+    if not isinstance(augment, dict):
+        raise CheckpointError(f"{loaded.checkpoint} does not say how its images were prepared")
+    return CropFlip(
+        image_size=augment["image_size"],
+        resize=augment["resize"],
+        eval_crop_proportion=augment["eval_crop_proportion"],
+    )
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)

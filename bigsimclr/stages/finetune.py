@@ -1,0 +1,138 @@
+"""Training with labels: fine-tuning from a head layer, linear evaluation, and from scratch.
+
+The three differ in where the weights come from and which of them move.
+
+Source: Chen et al. 2020, section 2 (fine-tuning from the middle of the projection head) and 3.1;
+google-research/simclr tf2/model.py. Linear evaluation freezes batch norm as the TF1 code does.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from bigsimclr.data.loader import Batch
+from bigsimclr.engine import Losses, MakeViews
+from bigsimclr.engine.loop import Trained
+from bigsimclr.errors import RecipeError
+from bigsimclr.losses.classify import cross_entropy
+from bigsimclr.models import Architecture, build_model
+from bigsimclr.models.simclr import SimCLR
+from bigsimclr.recipe.schema import FinetuneRecipe, LinearRecipe, SupervisedRecipe
+from bigsimclr.report.progress import Progress
+from bigsimclr.stages.evaluate import held_out_accuracy
+from bigsimclr.stages.inputs import Inputs, open_inputs
+from bigsimclr.stages.load import Loaded, load_parent
+from bigsimclr.stages.run_directory import RunDirectory
+from bigsimclr.stages.training import Task, run_training
+from bigsimclr.world import World
+
+LabelRecipe = LinearRecipe | FinetuneRecipe | SupervisedRecipe
+
+
+def classify(model: SimCLR, views: Tensor) -> Tensor:
+    """Return the logits [N,K] of a model that has a classifier."""
+    logits = model(views).logits
+    if not isinstance(logits, Tensor):
+        raise AssertionError("the model has no classifier")
+    return logits
+
+
+class Classification:
+    """Cross-entropy of a classifier on labelled images."""
+
+    separable = True
+
+    def __init__(self, model: SimCLR, *, frozen: bool) -> None:
+        self.model = model
+        model.train(mode=not frozen)
+        if frozen:
+            model.requires_grad_(requires_grad=False)
+            if model.classifier is not None:
+                model.classifier.requires_grad_(requires_grad=True)
+
+    def embed(self, views: Tensor) -> Tensor:
+        """Return the logits."""
+        return classify(self.model, views)
+
+    def loss(self, rows: Tensor, batch: Batch) -> Losses:
+        """Return the mean cross-entropy over the images."""
+        labels = batch.labels.to(rows.device)
+        hits = (rows.detach().argmax(1) == labels).float().mean()
+        return Losses(cross_entropy(rows, labels), {"train/accuracy": hits})
+
+    def after_update(self, pieces: Sequence[Batch], make_views: MakeViews) -> None:
+        """Do nothing."""
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return nothing: all state is in the model."""
+        return {}
+
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Do nothing."""
+
+
+def train_with_labels(
+    recipe: LabelRecipe, *, world: World, run: RunDirectory, progress: Progress
+) -> tuple[Trained, Task]:
+    """Train a classifier: on frozen features, fine-tuned, or from scratch."""
+    inputs = open_inputs(
+        recipe,
+        labels=recipe.labels,
+        walk="labelled",
+        directory=run.path,
+        device=world.device,
+    )
+    if isinstance(recipe, SupervisedRecipe):
+        architecture = Architecture(
+            backbone=recipe.backbone,
+            head=recipe.head,
+            classes=len(inputs.classes),
+            from_layer=recipe.from_layer,
+            keep_head_layers=recipe.from_layer,
+        )
+        model = build_model(architecture, seed=recipe.seed)
+    else:
+        parent = load_parent(recipe.parent, needs="a pretraining run")
+        architecture, model = _from_parent(recipe, parent, inputs)
+    model.to(world.device)
+    task = Task(
+        objective=Classification(model, frozen=isinstance(recipe, LinearRecipe)),
+        architecture=architecture,
+        inputs=inputs,
+        views=1,
+        evaluate=lambda: held_out_accuracy(model, inputs),
+        evaluate_every=None,
+    )
+    trained = run_training(
+        recipe, task, world=world, run=run, progress=progress, title=recipe.stage
+    )
+    return trained, task
+
+
+def _from_parent(
+    recipe: LinearRecipe | FinetuneRecipe, parent: Loaded, inputs: Inputs
+) -> tuple[Architecture, SimCLR]:
+    layers = 0 if parent.architecture.head is None else parent.architecture.head.layers
+    if recipe.from_layer > layers:
+        raise RecipeError(
+            f"from_layer: {recipe.from_layer} is beyond the {layers} head layers of "
+            f"{recipe.parent}; use from_layer=0 for the backbone's features"
+        )
+    architecture = Architecture(
+        backbone=parent.architecture.backbone,
+        head=parent.architecture.head,
+        classes=len(inputs.classes),
+        from_layer=recipe.from_layer,
+        keep_head_layers=recipe.from_layer,
+    )
+    # The classifier starts at zero (official zero_init_logits_layer); the rest is the parent's.
+    model = build_model(architecture, seed=recipe.seed, zero_classifier=True)
+    wanted = model.state_dict()
+    weights = {
+        name: tensor
+        for name, tensor in parent.model.state_dict().items()
+        if name in wanted and not name.startswith("classifier.")
+    }
+    weights |= {name: wanted[name] for name in wanted if name.startswith("classifier.")}
+    model.load_state_dict(weights)
+    return architecture, model

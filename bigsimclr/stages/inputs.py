@@ -1,0 +1,142 @@
+"""The images and labels of one stage."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bigsimclr.augment import ViewSettings, view_settings
+from bigsimclr.augment.device import make_views
+from bigsimclr.data import Source, build_data
+from bigsimclr.data.loader import Batch, Loader, evaluation_batches
+from bigsimclr.data.subsets import read_list, select_labels, subset_hash, write_list
+from bigsimclr.errors import DataError
+from bigsimclr.recipe.schema import AnyStage, AnyTraining, LabelsSection
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage reads."""
+
+    recipe: AnyStage
+    train: Source
+    held_out: Source | None
+    indices: NDArray[np.int64]  # [M] training images the stage walks through
+    labels: NDArray[np.int64]  # [N] labels the stage may see; -1 where hidden or absent
+    labelled: NDArray[np.int64]  # [L] training images whose label the stage may see
+    labels_hash: str | None  # of the names of the labelled images; None without a subset
+    settings: ViewSettings
+    device: torch.device
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the class names."""
+        return self.train.classes
+
+    def views(self, batch: Batch) -> Tensor:
+        """Make the views [V*B,3,H,W] of a batch, on the device."""
+        return make_views(batch.pixels, batch.draws, self.settings, device=self.device)
+
+    def loader(self, recipe: AnyTraining, *, views: int) -> Loader:
+        """Return the endless stream of training batches."""
+        return Loader(
+            self.train,
+            indices=self.indices,
+            labels=self.labels,
+            settings=self.settings,
+            views=views,
+            seed=recipe.seed,
+            global_batch=recipe.batch.global_batch,
+            workers=recipe.input.workers,
+            prefetch_batches=recipe.input.prefetch_batches,
+            unreadable_limit=recipe.input.unreadable_limit,
+            max_pixels=recipe.input.max_pixels,
+        )
+
+    def evaluation(
+        self, source: Source, indices: NDArray[np.int64], batch_size: int
+    ) -> Iterator[Batch]:
+        """Walk once through images in order, centre crops."""
+        return evaluation_batches(
+            source,
+            indices=indices,
+            settings=self.settings,
+            batch_size=batch_size,
+            workers=self.recipe.input.workers,
+            unreadable_limit=self.recipe.input.unreadable_limit,
+            max_pixels=self.recipe.input.max_pixels,
+        )
+
+    def facts(self) -> dict[str, object]:
+        """Say what was read, for the result and the report."""
+        return {
+            "fingerprint": self.train.fingerprint,
+            "train": len(self.indices),
+            "held_out": 0 if self.held_out is None else len(self.held_out),
+            "labels": len(self.labelled),
+            "labels_hash": self.labels_hash,
+        }
+
+
+def open_inputs(
+    recipe: AnyStage,
+    *,
+    labels: LabelsSection | None,
+    walk: str,
+    directory: Path,
+    device: torch.device,
+) -> Inputs:
+    """Open the images of a stage and choose whose labels it may see.
+
+    Args:
+        recipe: the stage.
+        labels: the labelled subset; None shows every label there is.
+        walk: "labelled" trains on the labelled images only, "all" on every training image.
+        directory: the run directory, where the subset is saved as `labels.txt`.
+        device: where views are made.
+
+    Raises:
+        DataError: the images or labels are missing or do not fit.
+    """
+    splits = build_data(recipe.data)
+    train = splits.train
+    everything = np.arange(len(train), dtype=np.int64)
+    if labels is None:
+        chosen, digest = everything[train.labels >= 0], None
+    else:
+        chosen = _choose(train, labels)
+        names = [train.name(int(index)) for index in chosen]
+        write_list(directory / "labels.txt", names)
+        digest = subset_hash(names)
+    shown = np.full(len(train), -1, dtype=np.int64)
+    shown[chosen] = train.labels[chosen]
+    return Inputs(
+        recipe=recipe,
+        train=train,
+        held_out=splits.held_out,
+        indices=chosen if walk == "labelled" else everything,
+        labels=shown,
+        labelled=chosen,
+        labels_hash=digest,
+        settings=view_settings(recipe.augment),
+        device=device,
+    )
+
+
+def _choose(train: Source, labels: LabelsSection) -> NDArray[np.int64]:
+    if not train.classes:
+        raise DataError(
+            "labels: this stage needs labels and the images have none; put them into one "
+            "sub-folder per class. Without labels you can pretrain and embed"
+        )
+    return select_labels(
+        train,
+        per_class=labels.per_class,
+        percent=labels.percent,
+        names=None if labels.list is None else read_list(labels.list),
+        draw=labels.draw,
+    )

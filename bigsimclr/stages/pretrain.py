@@ -1,0 +1,147 @@
+"""Contrastive pretraining on unlabelled images.
+
+Source: Chen et al. 2020, section 2 and 3.1; google-research/simclr tf2/run.py, tf2/model.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigsimclr.data.loader import Batch
+from bigsimclr.engine import Losses, MakeViews
+from bigsimclr.engine.loop import Trained
+from bigsimclr.engine.momentum import AveragedCopy, Queue
+from bigsimclr.losses import ContrastiveLoss, build_loss
+from bigsimclr.losses.classify import cross_entropy
+from bigsimclr.losses.nt_xent import contrastive_metrics
+from bigsimclr.models import Architecture, build_model
+from bigsimclr.models.simclr import Outputs, SimCLR
+from bigsimclr.recipe.schema import PretrainRecipe, QueueSection
+from bigsimclr.report.progress import Progress
+from bigsimclr.stages.evaluate import neighbour_accuracy
+from bigsimclr.stages.inputs import open_inputs
+from bigsimclr.stages.run_directory import RunDirectory
+from bigsimclr.stages.training import Task, plan_of, run_training
+from bigsimclr.world import World
+
+
+class Contrast:
+    """NT-Xent between the two views, a linear probe behind a stop-gradient, and the queue."""
+
+    separable = False
+
+    def __init__(
+        self,
+        model: SimCLR,
+        loss: ContrastiveLoss,
+        *,
+        temperature: float,
+        width: int,  # of the projections
+        queue: QueueSection | None,
+        device: torch.device,
+    ) -> None:
+        self.model = model.to(device).train()
+        self._loss = loss
+        self._temperature = temperature
+        self._width = width
+        self._averaged = None if queue is None else AveragedCopy(model, queue.ema_decay)
+        self._queue = None if queue is None else Queue(queue.length, width, device=device)
+
+    def embed(self, views: Tensor) -> Tensor:
+        """Return projections, and beside them the probe's logits where there is a probe."""
+        outputs: Outputs = self.model(views)
+        projections = outputs.projections[-1]
+        if outputs.logits is None:
+            return projections
+        return torch.cat([projections, outputs.logits], dim=1)
+
+    def loss(self, rows: Tensor, batch: Batch) -> Losses:
+        """Add the contrastive loss and the probe's cross-entropy."""
+        projections, logits = rows[:, : self._width], rows[:, self._width :]
+        first, second = projections.chunk(2)
+        total = self._loss(first, second, queue=None if self._queue is None else self._queue.filled)
+        seen = contrastive_metrics(first.detach(), second.detach(), temperature=self._temperature)
+        metrics = {
+            "train/contrastive_accuracy": seen.accuracy,
+            "train/contrastive_entropy": seen.entropy,
+        }
+        if logits.shape[1]:
+            labels = batch.labels.to(logits.device).repeat(2)
+            probe = cross_entropy(logits, labels)
+            metrics |= {
+                "train/loss": total.detach(),
+                "probe/loss": probe.detach(),
+                "probe/accuracy": _accuracy(logits, labels),
+            }
+            total = total + probe
+        return Losses(total, metrics)
+
+    def after_update(self, pieces: Sequence[Batch], make_views: MakeViews) -> None:
+        """Average the weights, then remember the second views' projections of this batch."""
+        if self._averaged is None or self._queue is None:
+            return
+        self._averaged.update(self.model)
+        for piece in pieces:
+            second = make_views(piece).chunk(2)[1]
+            with torch.no_grad():
+                self._queue.push(self._averaged.model(second).projections[-1].float())
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return the averaged copy and the queue."""
+        if self._averaged is None or self._queue is None:
+            return {}
+        return {"averaged": self._averaged.state(), "queue": self._queue.state()}
+
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back the averaged copy and the queue."""
+        if self._averaged is not None and self._queue is not None:
+            self._averaged.restore(state["averaged"])
+            self._queue.restore(state["queue"])
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    known = labels >= 0
+    hits = (logits.argmax(1) == labels) & known
+    return hits.sum() / known.sum().clamp(min=1)
+
+
+def pretrain(
+    recipe: PretrainRecipe, *, world: World, run: RunDirectory, progress: Progress
+) -> tuple[Trained, Task]:
+    """Pretrain a network."""
+    inputs = open_inputs(recipe, labels=None, walk="all", directory=Path(), device=world.device)
+    probed = recipe.probe.linear and bool(inputs.classes)
+    architecture = Architecture(
+        backbone=recipe.backbone,
+        head=recipe.head,
+        classes=len(inputs.classes) if probed else None,
+        from_layer=0,
+    )
+    model = build_model(architecture, seed=recipe.seed, probe=True)
+    plan = plan_of(recipe, inputs, world)
+    every = recipe.probe.knn_every_epochs
+    task = Task(
+        objective=Contrast(
+            model,
+            build_loss(recipe.loss),
+            temperature=recipe.loss.temperature,
+            width=recipe.head.output_width,
+            queue=recipe.loss.queue,
+            device=world.device,
+        ),
+        architecture=architecture,
+        inputs=inputs,
+        views=2,
+        evaluate=lambda: neighbour_accuracy(
+            model,
+            inputs,
+            neighbours=recipe.probe.neighbours,
+            from_layer=0,
+            batch_size=min(plan.micro_batch * 2, 1024),
+        ),
+        evaluate_every=None if every is None else max(1, round(every * plan.steps_per_epoch)),
+    )
+    trained = run_training(recipe, task, world=world, run=run, progress=progress, title="pretrain")
+    return trained, task

@@ -1,0 +1,137 @@
+"""The directory of one run: what is written there, and whether it may be continued."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import bigsimclr
+from bigsimclr.errors import DataError, RecipeError
+from bigsimclr.recipe import save_recipe
+from bigsimclr.recipe.schema import AnyStage
+
+# Keys that change nothing about what is trained, so a run may continue with other values.
+FREE_SECTIONS = ("input", "log", "checkpoint")
+FREE_KEYS = ("parallel.cpu_threads",)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        """Return the file whose presence says that the run is finished."""
+        return self.path / "result.json"
+
+    def describe(self, recipe: AnyStage, plan: Mapping[str, object]) -> None:
+        """Write the resolved recipe, the plan and the environment."""
+        save_recipe(recipe, self.path / "recipe.yaml")
+        write_json(self.path / "plan.json", plan)
+        write_json(self.path / "environment.json", environment())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that the file is either whole or absent."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def environment() -> dict[str, object]:
+    """Describe the software and the machine, for the report and for reproduction."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "bigsimclr": bigsimclr.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cpu_threads": torch.get_num_threads(),
+        "commit": source_commit(),
+    }
+
+
+def source_commit() -> str | None:
+    """Return the git commit of the source tree; None for an installed package."""
+    git = shutil.which("git")
+    tree = Path(bigsimclr.__file__).parent.parent
+    if git is None or not (tree / ".git").exists():
+        return None
+    answer = subprocess.run(  # noqa: S603 - a fixed command without user input
+        [git, "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.stdout.strip() or None
+
+
+def recipe_facts(recipe: AnyStage) -> dict[str, object]:
+    """Return the recipe as plain JSON values."""
+    facts = json.loads(recipe.model_dump_json())
+    if not isinstance(facts, dict):
+        raise AssertionError("a recipe is a mapping")
+    return facts
+
+
+def check_same_recipe(recipe: AnyStage, stored: object, directory: Path) -> None:
+    """Refuse to continue a run under a recipe that would train something else.
+
+    Raises:
+        RecipeError: a key that matters differs; the message names each with both values.
+    """
+    now, before = flatten(recipe_facts(recipe)), flatten(stored)
+    changed = [
+        f"{key} ({before.get(key)} -> {now.get(key)})"
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key)
+        and key.split(".")[0] not in FREE_SECTIONS
+        and key not in FREE_KEYS
+    ]
+    if changed:
+        raise RecipeError(
+            f"{directory}: the recipe differs from the run in {', '.join(changed)}; "
+            "use the run's own values, or another --out for a new run"
+        )
+
+
+def check_same_data(fingerprint: str, stored: object, directory: Path) -> None:
+    """Refuse to continue a run on other images.
+
+    Raises:
+        DataError: the fingerprint of the training images differs.
+    """
+    if fingerprint != stored:
+        raise DataError(
+            f"{directory}: the training images are not those the run began with "
+            f"(fingerprint {fingerprint[:12]}, was {str(stored)[:12]}); "
+            "restore them, or use another --out for a new run"
+        )
+
+
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
+    """Turn nested mappings into dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    pairs: dict[str, object] = {}
+    for key, inner in value.items():
+        pairs |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return pairs

@@ -1,0 +1,152 @@
+"""What all training stages have in common: from an objective to a finished run directory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from bigsimclr.engine import Objective
+from bigsimclr.engine.checkpoint import newest_checkpoint
+from bigsimclr.engine.loop import Evaluate, Intervals, Run, Trained, train
+from bigsimclr.engine.stop import StopRequest
+from bigsimclr.models import Architecture
+from bigsimclr.models.simclr import SimCLR, parameter_kind
+from bigsimclr.optim import build_optimizer
+from bigsimclr.parallel import MakeOptimizer, Strategy, build_strategy
+from bigsimclr.recipe.plan import Plan, make_plan
+from bigsimclr.recipe.schema import AnyTraining
+from bigsimclr.report.progress import Progress
+from bigsimclr.report.records import Records
+from bigsimclr.stages.inputs import Inputs
+from bigsimclr.stages.run_directory import (
+    RunDirectory,
+    check_same_data,
+    check_same_recipe,
+    recipe_facts,
+)
+from bigsimclr.world import World
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a stage ended; also what `result.json` holds."""
+
+    directory: Path
+    checkpoint: Path | None
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage brings to the common part."""
+
+    objective: Objective
+    architecture: Architecture
+    inputs: Inputs
+    views: int  # random views of each image
+    evaluate: Evaluate
+    evaluate_every: int | None  # updates; None: only at the end
+
+
+def plan_of(recipe: AnyTraining, inputs: Inputs, world: World) -> Plan:
+    """Derive the plan for the images a stage walks through."""
+    return make_plan(recipe, examples=len(inputs.indices), world_size=world.size)
+
+
+def run_training(
+    recipe: AnyTraining,
+    task: Task,
+    *,
+    world: World,
+    run: RunDirectory,
+    progress: Progress,
+    title: str,
+) -> Trained:
+    """Train a stage to its end, continuing from the newest checkpoint if there is one.
+
+    Raises:
+        Stopped: a signal asked for it; the state is saved.
+        RecipeError: the directory holds a run of another recipe.
+        CheckpointError: the directory holds checkpoints, none of them intact.
+    """
+    plan = plan_of(recipe, task.inputs, world)
+    strategy = build_strategy(recipe.parallel, world)
+    optimizer = strategy.prepare(task.objective.model, _optimizer_maker(recipe, plan))
+    resume = newest_checkpoint(run.checkpoints)
+    if resume is None:
+        run.describe(recipe, plan.as_facts())
+    else:
+        check_same_recipe(recipe, resume.facts["recipe"], run.path)
+        check_same_data(task.inputs.train.fingerprint, resume.facts["data"], run.path)
+    records = Records(run.path, tensorboard=recipe.log.tensorboard)
+    first = 0 if resume is None else resume.examples
+    records.rewind(first)
+    progress.begin(title, plan.steps, first // plan.global_batch, _headline(plan))
+    chance = {} if plan.chance_loss is None else {"train/chance_loss": plan.chance_loss}
+
+    def report(examples: int, step: int, values: Mapping[str, float]) -> None:
+        both = {**values, **chance} if "train/loss" in values else values
+        records.write(examples=examples, step=step, values=both)
+        progress.update(step, both)
+
+    try:
+        with StopRequest() as stop:
+            trained = train(
+                _assemble(recipe, task, plan, strategy, optimizer, run),
+                resume=resume,
+                stop=stop,
+                report=report,
+            )
+    finally:
+        records.close()
+    return trained
+
+
+def _optimizer_maker(recipe: AnyTraining, plan: Plan) -> MakeOptimizer:
+    def make(model: SimCLR) -> Optimizer:
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        return build_optimizer(
+            recipe.optimizer, trained, parameter_kind(model), plan.peak_learning_rate
+        )
+
+    return make
+
+
+def _assemble(
+    recipe: AnyTraining,
+    task: Task,
+    plan: Plan,
+    strategy: Strategy,
+    optimizer: Optimizer,
+    run: RunDirectory,
+) -> Run:
+    return Run(
+        objective=task.objective,
+        plan=plan,
+        loader=task.inputs.loader(recipe, views=task.views),
+        make_views=task.inputs.views,
+        strategy=strategy,
+        optimizer=optimizer,
+        evaluate=task.evaluate,
+        intervals=Intervals(
+            record=recipe.log.every_steps,
+            checkpoint=recipe.checkpoint.every_steps,
+            evaluate=task.evaluate_every,
+            keep=recipe.checkpoint.keep,
+        ),
+        checkpoints=run.checkpoints,
+        facts={
+            "recipe": recipe_facts(recipe),
+            "data": task.inputs.train.fingerprint,
+            "architecture": task.architecture.to_json(),
+            "classes": list(task.inputs.classes),
+        },
+    )
+
+
+def _headline(plan: Plan) -> str:
+    text = f"{plan.examples:,} images, batch {plan.global_batch:,}, {plan.update} update"
+    if plan.negatives is not None:
+        text += f", {plan.negatives:,} negatives for every view"
+    return text

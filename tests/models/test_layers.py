@@ -1,0 +1,52 @@
+"""Distribution of the initial weights."""
+
+import math
+
+import pytest
+import torch
+
+from bigsimclr.models.layers import Convolution, Dense
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("in_width", "kernel"), [(64, 3), (256, 1), (3, 7)])
+def test_convolution_weights_are_a_truncated_normal_of_unit_fan_in(
+    in_width: int, kernel: int
+) -> None:
+    weight = Convolution(in_width, 512, kernel=kernel, generator=generator()).weight
+    unit = weight.double() * math.sqrt(in_width * kernel * kernel)
+    assert unit.std().item() == pytest.approx(1, abs=0.01)  # not sqrt(2), as He's would be
+    assert unit.mean().item() == pytest.approx(0, abs=0.01)
+    assert 2.25 < unit.abs().max().item() <= 2 / 0.87962566 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+def test_convolution_padding_and_bias(kernel: int, stride: int) -> None:
+    layer = Convolution(2, 3, kernel=kernel, stride=stride, generator=generator())
+    assert layer.bias is None
+    for size in (1, 4, 5, 8):
+        assert layer(torch.zeros(1, 2, size, size)).shape[-1] == -(-size // stride)
+
+
+def test_dense_weights() -> None:
+    layer = Dense(200, 300, has_bias=True, generator=generator())
+    assert layer.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert layer.weight.abs().max().item() > 0.035  # not truncated
+    assert not layer.bias.any()
+    zero = Dense(4, 5, has_bias=True, generator=None)
+    assert not zero.weight.any()
+    assert not zero.bias.any()
+
+
+def test_only_the_given_generator_decides() -> None:
+    before = torch.get_rng_state()
+    first = Convolution(4, 5, kernel=3, generator=generator(7))
+    second = Convolution(4, 5, kernel=3, generator=generator(7))
+    other = Convolution(4, 5, kernel=3, generator=generator(8))
+    Dense(4, 5, has_bias=True, generator=generator(7))
+    assert torch.equal(first.weight, second.weight)
+    assert not torch.equal(first.weight, other.weight)
+    assert torch.equal(torch.get_rng_state(), before)
