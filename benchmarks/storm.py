@@ -46,7 +46,7 @@ backbone: {{depth: 10, width: 0.0625, stem: cifar}}
 head: {{layers: 2, output_width: 16}}
 loss: {{kind: nt_xent, temperature: 0.5{queue}}}
 optimizer: {{kind: lars, learning_rate: 0.1}}
-schedule: {{steps: {steps}, warmup_epochs: 1}}
+schedule: {{steps: {steps}, warmup_epochs: 0.2}}
 batch: {{global_batch: {batch}}}
 parallel: {{kind: single, device: cpu, cpu_threads: 1}}
 checkpoint: {{every_steps: {every}, keep: 2}}
@@ -179,7 +179,7 @@ def _strike(child: int, blow: Kind, run: Path, chooser: random.Random, duration:
         for _ in _while_running(child):
             if _listens(child):
                 break
-    end = time.monotonic() + chooser.uniform(0, duration / 2)
+    end = time.monotonic() + chooser.uniform(0, duration / 3)
     for _ in _while_running(child):
         if time.monotonic() >= end:
             break

@@ -36,7 +36,7 @@ from bigsimclr.randomness import (
     ],
 )
 def test_philox_gives_the_published_answers(key, counter, expected):
-    # The folding of the seed is a bijection that keeps words below 2^32; the third key is one.
+    # Seeds below 2^32 and streams are the two key words as they are.
     words = philox(key[0], key[1], np.array([counter], np.uint32))
     assert words.tolist() == [list(expected)]
 

@@ -24,8 +24,8 @@ def make_views(
     batch_random_blur.
 
     Args:
-        pixels: uint8 [B,3,h,w], still to be cropped, or floating [V,B,3,H,W] in [0, 1], already
-            cropped and resized.
+        pixels: [B,3,h,w], uint8 or floating in [0, 1], still to be cropped; or floating
+            [V,B,3,H,W], already cropped and resized.
         draws: The decisions for V views of B images.
         settings: How views are made.
         device: Where to compute.

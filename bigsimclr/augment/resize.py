@@ -103,9 +103,8 @@ def _resample(
 @lru_cache
 def _kernel(a: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     # float32 [1025] each: the cubic kernel at distances 0..1 and 1..2.
-    near = np.arange(_STEPS + 1, dtype=np.float32) / np.float32(_STEPS)
-    far = near + np.float32(1)
-    a_ = np.float32(a)
-    inner = ((a_ + 2) * near - (a_ + 3)) * near * near + 1
-    outer = ((a_ * far - 5 * a_) * far + 8 * a_) * far - 4 * a_
+    near = np.arange(_STEPS + 1, dtype=np.float64) / _STEPS
+    far = near + 1
+    inner = ((a + 2) * near - (a + 3)) * near * near + 1
+    outer = ((a * far - 5 * a) * far + 8 * a) * far - 4 * a
     return inner.astype(np.float32), outer.astype(np.float32)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -280,7 +281,26 @@ def _steps(
 
 
 def _from_workers(reader: ChunkReader, workers: int, ahead: int) -> Iterator[Chunk]:
-    loader = DataLoader(
+    with warnings.catch_warnings():
+        # The recipe says how many workers; more than cores is right where the disk is slow.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        chunks = iter(_worker_loader(reader, workers, ahead))
+    for _ in range(len(reader)):
+        try:
+            yield next(chunks)
+        except RuntimeError as error:
+            # Errors raised by code in a worker read "Caught ... in DataLoader worker".
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise DataError(
+                f"a process that reads images died: {str(error).strip()}"
+                " Usual causes: too little memory or shared memory; lower input.workers or"
+                " input.prefetch_batches"
+            ) from error
+
+
+def _worker_loader(reader: ChunkReader, workers: int, ahead: int) -> DataLoader[Chunk]:
+    return DataLoader(
         reader,
         batch_size=None,
         num_workers=workers,
@@ -292,17 +312,6 @@ def _from_workers(reader: ChunkReader, workers: int, ahead: int) -> Iterator[Chu
         # Without its own generator the DataLoader would advance the global one.
         generator=torch.Generator(),
     )
-    chunks = iter(loader)
-    for _ in range(len(reader)):
-        try:
-            yield next(chunks)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a process that reads images died: {str(error).strip()}"
-                " Usual causes: too little memory or shared memory; try fewer input.workers"
-            ) from error
 
 
 def _as_it_is(chunk: object) -> object:

@@ -56,6 +56,7 @@ class _Files:
     """The encoded images of some files by row, counted through all of them."""
 
     def __init__(self, groups: list[_Group], held_bytes: int) -> None:
+        self.layout = "\n".join(f"{group.path.name} {group.rows} {group.bytes}" for group in groups)
         self._groups = groups
         self._starts = np.cumsum([0, *(group.rows for group in groups)])
         self._recent: dict[int, _Encoded] = {}
@@ -101,7 +102,13 @@ class ParquetSource:
         self.classes = classes
         self.image_size: tuple[int, int] | None = None
         self.fingerprint = fingerprint(
-            [names.content, rows.tobytes(), labels.tobytes(), *map(os.fsencode, classes)]
+            [
+                os.fsencode(files.layout),
+                names.content,
+                rows.tobytes(),
+                labels.tobytes(),
+                *map(os.fsencode, classes),
+            ]
         )
         self._files = files
         self._names = names

@@ -104,7 +104,6 @@ def train(run: Run, *, resume: Checkpoint | None, stop: StopRequest, report: Rep
         )
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        run.objective.model.train()
         losses, update = _update(run, batch, progress.step, path)
         progress.step += 1
         window_steps += 1

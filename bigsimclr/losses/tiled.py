@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -87,8 +87,8 @@ class _Symmetric(Function):
 
     @staticmethod
     @override
-    @once_differentiable
     def backward(ctx: _Saved, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         rows, positives, constants, sums = ctx.saved_tensors
         with torch.autocast(rows.device.type, enabled=False):
             # r_i + exp(p_i) is never 0; r_i alone is, where an anchor has no negative.
@@ -130,8 +130,8 @@ class _Shifted(Function):
 
     @staticmethod
     @override
-    @once_differentiable
     def backward(ctx: _Saved, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         rows, positives, constants, sums = ctx.saved_tensors
         with torch.autocast(rows.device.type, enabled=False):
             weights = gradient * torch.sigmoid(sums - positives)
@@ -144,6 +144,18 @@ class _Shifted(Function):
                 as_row[:, :views] += as_column
                 slopes[row] = as_row[:, :views] @ rows + as_row[:, views:] @ constants
             return slopes / ctx.temperature, -weights, None, None, None
+
+
+def _refuse_second_derivative() -> None:
+    """Stop a backward pass that is itself recorded.
+
+    `torch.autograd.function.once_differentiable` lets it pass where the incoming gradient is a
+    constant, as for any loss, and the second derivative would silently lack this loss's part.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "NT-Xent in chunks is differentiable once; row_chunk=None has second derivatives"
+        )
 
 
 def _upper_tiles(

@@ -133,7 +133,7 @@ class InputSection(Section):
     workers: NonNegativeInt = 0
     """Worker processes that read, decode and crop; 0 works in the training process."""
     prefetch_batches: PositiveInt = 2
-    """Batches each worker prepares ahead."""
+    """Batches prepared ahead, by all workers together."""
     unreadable_limit: Probability = 0.001
     """Share of unreadable images that are replaced before the run stops (rounded up)."""
     max_pixels: PositiveInt = 64_000_000

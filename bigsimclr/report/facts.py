@@ -207,19 +207,24 @@ def _read_ancestors(folder: Path, run: Run, notes: list[str]) -> Iterator[Run]:
         if run.parent is None:
             return
         places = [base / run.parent for base in (folder, *list(folder.resolve().parents)[:3])]
-        found = next((place for place in places if (place / "recipe.yaml").is_file()), None)
+        found = next((place for place in places if _is_run(place)), None)
         if found is None:
             return
         folder, run = found, _read_run(found, run.parent, notes=notes)
         yield run
 
 
-def _is_inside(run_dir: Path, path: str) -> bool:
-    if "\0" in path:
+def _is_run(place: Path) -> bool:
+    try:
+        return (place / "recipe.yaml").is_file()
+    except (OSError, ValueError):  # a name that no file can have
         return False
+
+
+def _is_inside(run_dir: Path, path: str) -> bool:
     try:
         return (run_dir / path).resolve().is_relative_to(run_dir.resolve())
-    except (OSError, RuntimeError):
+    except (OSError, ValueError, RuntimeError):
         return False
 
 

@@ -2,24 +2,15 @@
 
 import base64
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bigsimclr.report.facts import Run, RunSet, mapping, number
-from bigsimclr.report.plots import (
-    DARK,
-    LIGHT,
-    Curve,
-    Series,
-    Theme,
-    Tone,
-    label_efficiency_svg,
-    series_svg,
-)
+from bigsimclr.report.plots import Curve, Series, Tone, in_dark, label_efficiency_svg, series_svg
 from bigsimclr.report.summary import METHOD_NAMES, METHOD_OF_STAGE, Method, Point, labels_of
 
-_AMOUNT_TONES: tuple[Tone, ...] = ("baseline", "first", "ours", "reference")
+_AMOUNT_TONES: tuple[Tone, ...] = ("baseline", "second", "ours", "reference")
 _METHOD_LOOK: Mapping[Method, tuple[Tone, str]] = {
     "supervised": ("baseline", "s"),
     "finetuned": ("second", "o"),
@@ -36,6 +27,8 @@ class Picture:
     alternative: str  # what the plot says, for those who do not see it
     light: str  # data: address of an SVG
     dark: str
+    narrow_light: str = ""  # for small screens; "" where the plot fits as it is
+    narrow_dark: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,20 +39,21 @@ class Panel:
     caption: str
     lines: tuple[tuple[str, str, Tone], ...]  # recorded name, legend, tone
     scale: Literal["plain", "percent"] = "plain"
+    from_zero: bool = False  # where the size of a change would mislead
 
 
 _CLASSIFIER_PANELS = (
-    Panel("Loss", "Mean loss of each recorded update, in nats.", (("train/loss", "", "first"),)),
+    Panel("Loss", "Mean loss of each recorded update, in nats.", (("train/loss", "", "second"),)),
     Panel(
         "Accuracy on the training images",
         "Share of the labelled training images of an update that are classified right.",
-        (("train/accuracy", "", "first"),),
+        (("train/accuracy", "", "second"),),
         "percent",
     ),
     Panel(
         "Accuracy on the held-out images",
         "Measured while training; it chooses nothing, the last state is the result.",
-        (("held_out/accuracy", "", "first"),),
+        (("held_out/accuracy", "", "second"),),
         "percent",
     ),
 )
@@ -92,8 +86,9 @@ def curve_picture(points: Sequence[Point]) -> Picture | None:
         for (method, step), line in lines.items()
     ]
     axis = "labels per class" if by_class else "labels, % of the training images"
-    return _picture(
-        lambda theme: label_efficiency_svg(curves, axis=axis, theme=theme),
+    narrow = label_efficiency_svg(curves, axis=axis, narrow=True)
+    picture = _picture(
+        label_efficiency_svg(curves, axis=axis),
         title="Accuracy by number of labels",
         caption=(
             "Mean over the label draws; bars show one sample standard deviation, dots the single "
@@ -109,6 +104,11 @@ def curve_picture(points: Sequence[Point]) -> Picture | None:
         )
         + f" ({axis})",
     )
+    return replace(
+        picture,
+        narrow_light=_address(narrow),
+        narrow_dark=_address(in_dark(narrow)),
+    )
 
 
 def _amount(point: Point) -> float:
@@ -117,18 +117,19 @@ def _amount(point: Point) -> float:
 
 
 def pretraining_pictures(run: Run) -> tuple[Picture, ...]:
-    """Draw what a pretraining run recorded; panels without a record are left out."""
+    """Draw what a pretraining run recorded; panels with less than two records are left out."""
     panels = (
         Panel(
             "Contrastive loss against chance",
             f"Sum of the two directions, in nats. {_chance_text(run)}",
-            (("train/loss", "loss", "first"), ("train/chance_loss", "chance", "reference")),
+            (("train/loss", "loss", "second"), ("train/chance_loss", "chance", "reference")),
         ),
         Panel(
             "Pairs found",
             "Share of views whose own partner is the most similar of all views in the batch.",
             (("train/contrastive_accuracy", "", "ours"),),
             "percent",
+            from_zero=True,
         ),
         Panel(
             "What the features are worth",
@@ -144,28 +145,30 @@ def pretraining_pictures(run: Run) -> tuple[Picture, ...]:
         Panel(
             "Contrastive entropy",
             "Entropy of the softmax over the candidates, in nats; low means sure of the partner.",
-            (("train/contrastive_entropy", "", "first"),),
+            (("train/contrastive_entropy", "", "second"),),
         ),
         Panel(
             "Learning rate",
             "After scaling by the batch: linear warm-up, then cosine to zero.",
-            (("train/learning_rate", "", "first"),),
+            (("train/learning_rate", "", "second"),),
         ),
         Panel(
             "Gradient norm",
             "Euclidean norm of the whole gradient before the update.",
-            (("train/gradient_norm", "", "first"),),
+            (("train/gradient_norm", "", "second"),),
         ),
         Panel(
             "Images per second",
             "Source images, both views together, over all ranks.",
-            (("train/images_per_second", "", "first"),),
+            (("train/images_per_second", "", "second"),),
+            from_zero=True,
         ),
         Panel(
             "Waiting for data",
             "Share of the time in which training waited for its input.",
             (("train/data_wait", "", "baseline"),),
             "percent",
+            from_zero=True,
         ),
     )
     found = (_panel_picture(panel, [run], [""]) for panel in panels)
@@ -201,11 +204,11 @@ def _panel_picture(panel: Panel, runs: Sequence[Run], groups: Sequence[str]) -> 
                     thin=bool(group),
                 )
             )
-    if not series:
-        return None
+    if not any(len(line.x) > 1 for line in series):
+        return None  # a single point is a result, not a course
     label = "epochs" if in_epochs else "examples seen"
     return _picture(
-        lambda theme: series_svg(series, scale=panel.scale, x_label=label, theme=theme),
+        series_svg(series, scale=panel.scale, x_label=label, from_zero=panel.from_zero),
         title=panel.title,
         caption=panel.caption,
         alternative=_describe(panel, series, label),
@@ -243,15 +246,13 @@ def _chance_text(run: Run) -> str:
     return f"{start}: {formula} = {chance:.2f} for {sizes}, on the same scale."
 
 
-def _picture(
-    draw: Callable[[Theme], str], *, title: str, caption: str, alternative: str
-) -> Picture:
+def _picture(svg: str, *, title: str, caption: str, alternative: str) -> Picture:
     return Picture(
         title=title,
         caption=caption,
         alternative=alternative,
-        light=_address(draw(LIGHT)),
-        dark=_address(draw(DARK)),
+        light=_address(svg),
+        dark=_address(in_dark(svg)),
     )
 
 

@@ -1,6 +1,7 @@
 """The report of a run: one HTML page without scripts or addresses, and the same numbers as JSON."""
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,7 +18,7 @@ from bigsimclr.report.document import (
     state_of,
     summarise,
 )
-from bigsimclr.report.facts import Json, Run, RunSet, number, read_run_set, text
+from bigsimclr.report.facts import Json, Run, RunSet, Step, number, read_run_set, text
 from bigsimclr.report.figures import (
     Picture,
     classifier_pictures,
@@ -36,8 +37,8 @@ _PROTOCOL_COLUMNS = frozenset(
 _PROTOCOL_LABELS = frozenset({"labels_per_class", "labels_percent", "draw", "seed"})
 _MEASURES = {
     "accuracy": "",
-    "knn_accuracy": "nearest neighbours, while pretraining",
-    "probe_accuracy": "linear probe, while pretraining",
+    "knn_accuracy": "nearest neighbours at the end",
+    "probe_accuracy": "linear probe trained along",
 }
 _SECRETS = ("token", "secret", "password", "passwd", "credential", "api_key", "apikey")
 
@@ -60,7 +61,7 @@ class ResultLine:
     accuracy: str  # mean in percent; "" when not run yet
     deviation: str
     cells: tuple[str, ...]
-    progress: str  # "" when every planned run has finished
+    progress: str  # how far the planned runs are; "" when all have finished
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def render_page(summary: Summary) -> str:
         results=[_result_line(row) for row in summary.rows],
         resolution=_resolution(run_set),
         training=_training(run_set),
+        descent=_descent(run_set) if run_set.is_pipeline else [],
         lineage=[_lineage_cells(run_set, run) for run in (*run_set.ancestors, *run_set.runs)],
         recipes=_recipes(run_set),
         pipeline_text=run_set.pipeline_text,
@@ -133,11 +135,13 @@ def render_page(summary: Summary) -> str:
 
 
 def _printable(value: object) -> object:
-    """Replace control characters, which HTML cannot hold; leave everything else as it is."""
-    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
+    """Replace control characters: HTML cannot hold some, and others reorder what is read."""
+    if not isinstance(value, str) or isinstance(value, Markup):
         return value  # Markup: what a macro returns, whose own parts came here before
-    kept = (c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in value)
-    return "".join(kept)
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" and c not in "\n\t" else c
+        for c in value
+    )
 
 
 def _tiles(summary: Summary) -> list[Tile]:
@@ -193,12 +197,10 @@ def _numbers(spread: Spread) -> str:
 
 def _result_line(row: Row) -> ResultLine:
     detail = [part for part in (_MEASURES.get(row.measure, row.measure), row.setting) if part]
-    done = len(row.runs)
     shown = _PROTOCOL_COLUMNS | _PROTOCOL_LABELS
     others = {key: value for key, value in row.protocol.items() if key not in shown}
     detail += [f"{key}: {_cell(value)}" for key, value in sorted(others.items())]
     spread = row.spread
-    pretrained_only = row.step.stage == "pretrain"
     return ResultLine(
         stage=row.step.name,
         detail=", ".join(detail),
@@ -206,7 +208,7 @@ def _result_line(row: Row) -> ResultLine:
         deviation="" if spread is None or spread.std is None else f"± {100 * spread.std:.1f}",
         cells=(
             _cell(row.protocol.get("encoder")),
-            _NOTHING if pretrained_only or not row.labels.known else row.labels.amount,
+            row.labels.short,
             _joined(row.draws),
             _joined(row.seeds),
             _cell(row.protocol.get("head_layer")),
@@ -215,8 +217,14 @@ def _result_line(row: Row) -> ResultLine:
             _cell(row.protocol.get("checkpoint")),
             _cell(row.protocol.get("n")),
         ),
-        progress="" if done == row.expected else f"{done} of {row.expected} runs",
+        progress=_progress(row),
     )
+
+
+def _progress(row: Row) -> str:
+    if row.spread is None:
+        return "not finished yet" if row.begun else "not run yet"
+    return "" if len(row.runs) == row.expected else f"{len(row.runs)} of {row.expected} runs"
 
 
 def _resolution(run_set: RunSet) -> str:
@@ -239,9 +247,9 @@ def _training(run_set: RunSet) -> list[Curves]:
     ]
     for step in run_set.steps:
         runs = [run for run in run_set.of_step(step) if run.records]
-        if step.name in classifier_steps(run_set) and runs:
+        pictures = classifier_pictures(run_set, runs)
+        if step.name in classifier_steps(run_set) and pictures:
             count = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
-            pictures = classifier_pictures(run_set, runs)
             sections.append(
                 Curves(
                     title=f"{step.name} ({count})",
@@ -250,6 +258,58 @@ def _training(run_set: RunSet) -> list[Curves]:
                 )
             )
     return sections
+
+
+def _descent(run_set: RunSet) -> list[tuple[str, ...]]:
+    """Return the steps as a tree, each line indented below its parent."""
+    parents = {step.name: _parent_step(run_set, step) for step in run_set.steps}
+    lines: list[tuple[str, ...]] = []
+
+    def grow(parent: str | None, depth: int) -> None:
+        for step in run_set.steps:
+            if parents[step.name] == parent:
+                lines.append((_indent(depth) + step.name, *_step_cells(run_set, step)))
+                grow(step.name, depth + 1)
+
+    grow(None, 0)
+    return lines
+
+
+def _parent_step(run_set: RunSet, step: Step) -> str | None:
+    # Only an earlier step counts, so that a damaged file cannot close a circle.
+    earlier = run_set.steps[: run_set.steps.index(step)]
+    names = {run.path: run.step for run in run_set.runs}
+    for run in run_set.of_step(step):
+        parent = names.get(run.parent or "")
+        if parent is not None and any(other.name == parent for other in earlier):
+            return parent
+    return None
+
+
+def _indent(depth: int) -> str:
+    return (
+        ""
+        if depth == 0
+        else "\N{NO-BREAK SPACE}" * (4 * depth - 3) + "\N{BOX DRAWINGS LIGHT UP AND RIGHT} "
+    )
+
+
+def _step_cells(run_set: RunSet, step: Step) -> tuple[str, ...]:
+    runs = run_set.of_step(step)
+    finished = sum(run.result is not None for run in runs)
+    amounts = dict.fromkeys(labels_of(run_set, run).short for run in runs)
+    seconds = [found for found in map(seconds_of, runs) if found is not None]
+    return (
+        step.stage or _NOTHING,
+        ", ".join(amounts) or _NOTHING,
+        _duration(sum(seconds)) if seconds else _NOTHING,
+        f"{finished} of {len(runs)}",
+        "finished"
+        if runs and finished == len(runs)
+        else "not finished"
+        if finished
+        else "not run yet",
+    )
 
 
 def _lineage_cells(run_set: RunSet, run: Run) -> tuple[str, ...]:
@@ -261,7 +321,7 @@ def _lineage_cells(run_set: RunSet, run: Run) -> tuple[str, ...]:
         run_set.name if run.path == "." else run.path,
         run.stage or _NOTHING,
         run.parent or _NOTHING,
-        labels.amount if labels.known else _NOTHING,
+        labels.short,
         _NOTHING if accuracy is None else percent(accuracy),
         _cell(result.get("examples")),
         _NOTHING if seconds is None else _duration(seconds),

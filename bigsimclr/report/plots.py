@@ -1,4 +1,4 @@
-"""Plots as SVG text: light and dark, the same bytes for the same numbers, no user markup."""
+"""Plots as SVG text: for light and dark pages, the same bytes for the same numbers."""
 
 import io
 import math
@@ -9,10 +9,11 @@ from typing import Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-Tone = Literal["ours", "second", "baseline", "reference", "first"]
+Tone = Literal["ours", "second", "baseline", "reference"]
 
 _MOST_POINTS = 600  # per line; more cannot be told apart at this size
 # Text stays text in the reader's own font; the width of DejaVu, the widest, decides the layout.
@@ -21,9 +22,8 @@ _FONTS = "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-se
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one page background; each tone has at least 3:1 contrast on it."""
+    """Colours of one page background; all but the grid have at least 4.5:1 contrast on it."""
 
-    name: str
     ink: str
     faint: str
     grid: str
@@ -31,7 +31,6 @@ class Theme:
 
 
 LIGHT = Theme(
-    name="light",
     ink="#1f2430",
     faint="#667085",
     grid="#e7e9ee",
@@ -39,12 +38,10 @@ LIGHT = Theme(
         "ours": "#0b7a5f",
         "second": "#2f5fd0",
         "baseline": "#b4560f",
-        "reference": "#667085",
-        "first": "#2f5fd0",
+        "reference": "#667086",
     },
 )
 DARK = Theme(
-    name="dark",
     ink="#e6e8ee",
     faint="#98a1b3",
     grid="#2b303b",
@@ -53,7 +50,6 @@ DARK = Theme(
         "second": "#86a8ff",
         "baseline": "#f2a65a",
         "reference": "#98a1b3",
-        "first": "#86a8ff",
     },
 )
 
@@ -83,22 +79,24 @@ class Series:
     thin: bool = False  # one of many like lines
 
 
-def label_efficiency_svg(curves: Sequence[Curve], *, axis: str, theme: Theme) -> str:
+def label_efficiency_svg(curves: Sequence[Curve], *, axis: str, narrow: bool = False) -> str:
     """Draw accuracy over the amount of labels, with one standard deviation over the label draws.
 
     Args:
         curves: one line for each method.
         axis: what the amounts count.
-        theme: the page background.
+        narrow: draw for the width of a telephone.
     """
-    with _style(theme):
-        figure = Figure(figsize=(8.2, 4.1), layout="constrained")
+    with _style():
+        figure = Figure(
+            figsize=(5.0, 4.2) if narrow else (10.4, 4.2), layout="constrained", facecolor="none"
+        )
         axes = figure.add_subplot()
         axes.set_xscale("log")
         for position, curve in enumerate(curves):
             # Lines stand a little apart so that error bars at one amount do not cover each other.
-            shift = 1 + 0.03 * (position - (len(curves) - 1) / 2)
-            _draw_curve(axes, curve, shift=shift, colour=theme.tones[curve.tone])
+            shift = 1 + 0.036 * (position - (len(curves) - 1) / 2)
+            _draw_curve(axes, curve, shift=shift, colour=LIGHT.tones[curve.tone])
         amounts = sorted({amount for curve in curves for amount in curve.amounts})
         axes.xaxis.set_major_locator(FixedLocator(amounts))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -108,14 +106,15 @@ def label_efficiency_svg(curves: Sequence[Curve], *, axis: str, theme: Theme) ->
         axes.set_ylabel("accuracy, % of held-out images")
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -1.0), min(high, 101.0))
-        _name_lines(axes, curves, theme)
+        _name_lines(axes, curves)
         return _svg(figure)
 
 
 def _draw_curve(axes: Axes, curve: Curve, *, shift: float, colour: str) -> None:
     x = [amount * shift for amount in curve.amounts]
     for place, values in zip(x, curve.values, strict=True):
-        axes.plot([place] * len(values), values, ".", color=colour, alpha=0.35, markersize=4.5)
+        beside = [place * 0.985] * len(values)
+        axes.plot(beside, values, ".", color=colour, alpha=0.45, markersize=5, clip_on=False)
     axes.errorbar(
         x,
         curve.means,
@@ -129,7 +128,7 @@ def _draw_curve(axes: Axes, curve: Curve, *, shift: float, colour: str) -> None:
     )
 
 
-def _name_lines(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
+def _name_lines(axes: Axes, curves: Sequence[Curve]) -> None:
     """Write each line's name at its right end, pushed apart where ends meet."""
     low, high = axes.get_ylim()
     gap = 0.062 * (high - low)
@@ -146,7 +145,7 @@ def _name_lines(axes: Axes, curves: Sequence[Curve], theme: Theme) -> None:
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
-            color=theme.tones[curve.tone],
+            color=LIGHT.tones[curve.tone],
             fontweight="bold",
             annotation_clip=False,
         )
@@ -157,7 +156,7 @@ def series_svg(
     *,
     scale: Literal["plain", "percent"],
     x_label: str,
-    theme: Theme,
+    from_zero: bool,
 ) -> str:
     """Draw a small plot of recorded values over training.
 
@@ -165,18 +164,18 @@ def series_svg(
         series: the lines; values that are not finite leave a gap.
         scale: plain numbers, or fractions shown as percent.
         x_label: what the horizontal axis counts.
-        theme: the page background.
+        from_zero: begin the vertical axis at 0.
     """
     factor = 100.0 if scale == "percent" else 1.0
-    with _style(theme):
-        figure = Figure(figsize=(4.9, 2.75), layout="constrained")
+    with _style():
+        figure = Figure(figsize=(3.9, 2.35), layout="constrained", facecolor="none")
         axes = figure.add_subplot()
         for line in series:
             x, y = _thinned(line.x, line.y)
             axes.plot(
                 x,
                 [factor * value for value in y],
-                color=theme.tones[line.tone],
+                color=LIGHT.tones[line.tone],
                 linestyle="--" if line.dashed else "-",
                 linewidth=0.9 if line.thin else 1.9,
                 alpha=0.55 if line.thin else 1.0,
@@ -185,8 +184,10 @@ def series_svg(
                 markersize=4,
             )
         axes.margins(x=0.01, y=0.08)
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if from_zero:
+            axes.set_ylim(bottom=0.0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f"{value:g}%" if scale == "percent" else f"{value:g}")
@@ -195,6 +196,19 @@ def series_svg(
         if sum(bool(line.name) for line in series) > 1:
             axes.legend(frameon=False, labelcolor="linecolor", handlelength=1.4)
         return _svg(figure)
+
+
+def in_dark(svg: str) -> str:
+    """Give a plot the colours of a dark page; drawing it again would take as long as the first.
+
+    Args:
+        svg: a plot of this module.
+    """
+    pairs = {LIGHT.ink: DARK.ink, LIGHT.faint: DARK.faint, LIGHT.grid: DARK.grid}
+    pairs |= {LIGHT.tones[tone]: DARK.tones[tone] for tone in LIGHT.tones}
+    for light, dark in pairs.items():
+        svg = svg.replace(light, dark)
+    return svg
 
 
 def plain(name: str) -> str:
@@ -215,30 +229,28 @@ def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[
 
 
 @contextmanager
-def _style(theme: Theme) -> Iterator[None]:
+def _style() -> Iterator[None]:
     with mpl.rc_context():
         mpl.rcdefaults()  # a person's own matplotlibrc must not change a report
         mpl.rc("svg", hashsalt="bigsimclr", fonttype="none")  # without a salt, ids are random
-        mpl.rc("text", color=theme.ink, parse_math=False)
+        mpl.rc("text", color=LIGHT.ink, parse_math=False)
         mpl.rc("font", family=["DejaVu Sans"], size=9.5)
-        mpl.rc("axes", edgecolor=theme.grid, labelcolor=theme.faint, facecolor="none")
+        mpl.rc("axes", edgecolor=LIGHT.grid, labelcolor=LIGHT.faint, facecolor="none")
         mpl.rc("axes", grid=True, axisbelow=True, unicode_minus=False)
         mpl.rc("axes.spines", top=False, right=False)
-        mpl.rc("grid", color=theme.grid, linewidth=0.8)
-        mpl.rc("xtick", color=theme.grid, labelcolor=theme.faint)
-        mpl.rc("ytick", color=theme.grid, labelcolor=theme.faint)
+        mpl.rc("grid", color=LIGHT.grid, linewidth=0.8)
+        mpl.rc("xtick", color=LIGHT.grid, labelcolor=LIGHT.faint)
+        mpl.rc("ytick", color=LIGHT.grid, labelcolor=LIGHT.faint)
         mpl.rc("legend", fontsize=9.0)
         yield
 
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(
-        buffer,
-        format="svg",
-        transparent=True,
-        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-    )
+    # Figure.savefig would draw everything twice.
+    canvas = FigureCanvasSVG(figure)
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    canvas.print_svg(buffer, metadata=nothing)  # type: ignore[no-untyped-call]  # by matplotlib
     drawn = buffer.getvalue()
     # The document type names a remote file; browsers ignore it, scanners for addresses do not.
     return drawn[drawn.index("<svg") :].replace("'DejaVu Sans'", _FONTS)

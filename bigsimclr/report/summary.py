@@ -49,6 +49,15 @@ class Labels:
         return "labels not stated"
 
     @property
+    def short(self) -> str:
+        """Say the amount for a narrow column, such as "1 / class"."""
+        if self.per_class is not None:
+            return f"{self.per_class:g} / class"
+        if self.percent is None:
+            return "\N{EN DASH}"
+        return "all" if self.percent == 100 else f"{self.percent:g}%"
+
+    @property
     def order(self) -> tuple[float, float]:
         """Sort key: labels per class before percentages, few before many."""
         return (
@@ -99,6 +108,7 @@ class Row:
     labels: Labels
     runs: tuple[Run, ...]  # finished ones, in the order of the values
     expected: int  # runs that were planned
+    begun: bool  # whether any of them left something behind
     spread: Spread | None  # None: not run yet
     protocol: Mapping[str, Json]  # of one run; equal in all but draw and seed
     draws: tuple[int, ...]
@@ -176,7 +186,7 @@ def result_rows(run_set: RunSet) -> list[Row]:
             key = (labels_of(run_set, run).order, _setting(run))
             groups.setdefault(key, []).append(run)
         if not groups:
-            rows.append(Row(step, "accuracy", "", _NO_LABELS, (), 0, None, {}, (), ()))
+            rows.append(_unmeasured(step, "", _NO_LABELS, ()))
         for (_, setting), runs in sorted(groups.items(), key=lambda group: group[0]):
             rows.extend(_rows_of(run_set, step, setting, runs))
     return rows
@@ -191,7 +201,7 @@ def _rows_of(run_set: RunSet, step: Step, setting: str, runs: list[Run]) -> list
             # Figures of unlike protocols are never averaged.
             found.setdefault((measure, _protocol_key(run)), []).append((run, value))
     if not found:
-        return [Row(step, "accuracy", setting, labels, (), len(runs), None, {}, (), ())]
+        return [_unmeasured(step, setting, labels, runs)]
     return [
         Row(
             step=step,
@@ -200,6 +210,7 @@ def _rows_of(run_set: RunSet, step: Step, setting: str, runs: list[Run]) -> list
             labels=labels,
             runs=tuple(run for run, _ in pairs),
             expected=len(runs),
+            begun=True,
             spread=Spread(tuple(value for _, value in pairs)),
             protocol=pairs[0][0].protocol,
             draws=_distinct(labels_of(run_set, run).draw for run, _ in pairs),
@@ -207,6 +218,22 @@ def _rows_of(run_set: RunSet, step: Step, setting: str, runs: list[Run]) -> list
         )
         for (measure, _), pairs in found.items()
     ]
+
+
+def _unmeasured(step: Step, setting: str, labels: Labels, runs: Sequence[Run]) -> Row:
+    return Row(
+        step=step,
+        measure="accuracy",
+        setting=setting,
+        labels=labels,
+        runs=(),
+        expected=len(runs),
+        begun=any(run.started for run in runs),
+        spread=None,
+        protocol={},
+        draws=(),
+        seeds=(),
+    )
 
 
 def _measures(run: Run) -> dict[str, float]:

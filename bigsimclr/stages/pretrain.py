@@ -59,7 +59,8 @@ class Contrast:
 
     def loss(self, rows: Tensor, batch: Batch) -> Losses:
         """Add the contrastive loss and the probe's cross-entropy."""
-        projections, logits = rows[:, : self._width], rows[:, self._width :]
+        # Contiguous, so that the loss rounds alike with and without a probe beside it.
+        projections, logits = rows[:, : self._width].contiguous(), rows[:, self._width :]
         first, second = projections.chunk(2)
         total = self._loss(first, second, queue=None if self._queue is None else self._queue.filled)
         seen = contrastive_metrics(first.detach(), second.detach(), temperature=self._temperature)

@@ -128,6 +128,15 @@ def test_cached_gradients_equal_the_direct_step(pieces: int, probe: bool) -> Non
     assert worst <= 1e-12 * max(1.0, largest)
 
 
+def test_the_probe_gives_the_features_no_gradient() -> None:
+    _, blind = gradients(lambda: contrast(probe=False), "direct", 1, views=2)
+    _, probed = gradients(lambda: contrast(probe=True), "direct", 1, views=2)
+    assert probed.keys() - blind.keys() == {"classifier.weight", "classifier.bias"}
+    assert probed["classifier.weight"].abs().max() > 0
+    for name, gradient in blind.items():
+        torch.testing.assert_close(probed[name], gradient, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("pieces", [2, 3, 7])
 def test_accumulated_gradients_equal_the_direct_step(pieces: int) -> None:
     def make() -> Classification:

@@ -178,9 +178,8 @@ def test_chunks_have_no_second_derivative(temperature):
     first, second = pair(4, 4)
     first.requires_grad_()
     loss = nt_xent(first, second, temperature=temperature, row_chunk=3)
-    (slope,) = torch.autograd.grad(loss, first, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, first, create_graph=True)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1])

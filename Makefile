@@ -1,0 +1,69 @@
+# Every job of this repository is a target here; CI calls the same ones.
+
+# PYTHON makes .venv, and runs gpu-check where there is none.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
+DEMO := runs/digits
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo check lint test fix storm bench docs gpu-check clean
+
+help: ## Print this table
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv and install the package with its tools; redone when pyproject.toml changes
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if sys.version_info >= (3, 11) \
+	  else "bigsimclr needs Python 3.11 or newer and this is " + v + "; name another: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
+	  echo "no .venv could be made; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "torch==$(TORCH)" > $(VENV)/constraints.txt
+	@echo "setup: installing torch $(TORCH), then the rest into $(VENV)"
+	@$(INSTALL) 'torch==$(TORCH)'
+	@$(INSTALL) --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup ## Run the whole chain on real digits: pretrain, fine-tune, distil, report
+	@$(BIN)/bigsimclr run digits --out $(DEMO)
+	@echo "open this in a browser: $(CURDIR)/$(DEMO)/report.html"
+
+check: lint ## Lint, types, import rules and the fast tests
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+test: lint ## Everything CI runs: check, and every test that needs no GPU
+	@$(BIN)/python -m pytest -q -m "not gpu"
+
+fix: setup ## Repair what ruff can repair, and format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+storm: setup ## Kill and stop a tiny run many times and compare its weights with an undisturbed run
+	@$(BIN)/python -m benchmarks.storm --kills 20 --terms 20 -o benchmarks/results/storm.json
+
+bench: setup ## Time and memory of the loss, side by side with others
+	@$(BIN)/python -m benchmarks.loss -o benchmarks/results/loss.json
+
+docs: setup ## Write docs/recipes.md again from the recipe schema
+	@$(BIN)/bigsimclr explain --all --markdown > docs/recipes.md.new
+	@mv docs/recipes.md.new docs/recipes.md
+
+gpu-check: ## Tests that need a GPU, then the benchmarks; uses PYTHON where there is no .venv
+	@$(GPU_PYTHON) -m pytest -q -m gpu
+	@$(GPU_PYTHON) -m benchmarks.loss -o benchmarks/results/loss-gpu.json
+
+clean: ## Remove .venv, caches and build results; runs/ stays
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

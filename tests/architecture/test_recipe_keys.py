@@ -1,0 +1,43 @@
+"""Every key of every section is read by some code, so that no key can be without effect."""
+
+import ast
+
+import pytest
+
+from bigsimclr.recipe import schema
+from bigsimclr.recipe.schema import Section
+from tests.architecture.tree import sources
+
+SECTIONS = [
+    section
+    for section in vars(schema).values()
+    if isinstance(section, type) and issubclass(section, Section) and section is not Section
+]
+
+
+def _read_names() -> set[str]:
+    """Collect attributes read, and keys matched by patterns, outside the schema."""
+    found = set()
+    for name, tree in sources().items():
+        if name == "recipe/schema.py":
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add(node.attr)
+            elif isinstance(node, ast.MatchClass):
+                found |= set(node.kwd_attrs)
+    return found
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_key_is_read(section: type[Section]) -> None:
+    # Which section stands in a union is told by its type; `kind` and `stage` choose it.
+    unread = section.model_fields.keys() - _read_names() - {"kind", "stage"}
+    assert not unread, f"no code reads {sorted(unread)} of {section.__name__}"
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_every_key_is_documented(section: type[Section]) -> None:
+    for key, field in section.model_fields.items():
+        assert field.description, f"{section.__name__}.{key}"
+        assert field.description.rstrip().endswith((".", ")")), f"{section.__name__}.{key}"

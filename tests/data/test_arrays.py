@@ -1,0 +1,129 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bigsimclr.data import build_data, count_examples
+from bigsimclr.data.arrays import DIGITS, digits
+from bigsimclr.errors import DataError
+from bigsimclr.recipe.schema import ArraysData, DigitsData
+
+
+def test_digits_are_grey_scans_over_the_whole_range() -> None:
+    from sklearn.datasets import load_digits
+
+    source = digits()
+    scans = load_digits()
+    assert len(source) == DIGITS
+    assert source.images.shape == (DIGITS, 8, 8, 3)
+    assert source.images.dtype == np.uint8
+    assert np.array_equal(source.images[..., 0], source.images[..., 2])
+    assert np.array_equal(np.rint(source.images[..., 1] / 255 * 16), scans.images)
+    assert np.array_equal(source.labels, scans.target)
+    assert source.classes == tuple("0123456789")
+
+
+def test_digits_hold_out_the_same_share_of_every_class() -> None:
+    splits = build_data(DigitsData(kind="digits"))
+    assert splits.held_out is not None
+    assert count_examples(DigitsData(kind="digits")) == (1437, 360)
+    assert (len(splits.train), len(splits.held_out)) == (1437, 360)
+    whole = np.bincount(digits().labels)
+    apart = np.bincount(splits.held_out.labels)
+    assert np.abs(apart - 0.2 * whole).max() < 1
+    names = {splits.train.name(index) for index in range(1437)}
+    names |= {splits.held_out.name(index) for index in range(360)}
+    assert len(names) == DIGITS
+
+
+def test_a_split_depends_on_its_seed_alone() -> None:
+    first = build_data(DigitsData(kind="digits"))
+    again = build_data(DigitsData(kind="digits"))
+    other = build_data(DigitsData(kind="digits", split_seed=1))
+    assert first.train.fingerprint == again.train.fingerprint
+    assert first.train.fingerprint != other.train.fingerprint
+    nothing = DigitsData(kind="digits", held_out_fraction=0.0)
+    assert build_data(nothing).held_out is None
+    assert count_examples(nothing) == (DIGITS, 0)
+
+
+def test_names_and_labels_follow_their_images() -> None:
+    whole, part = digits(), digits().take(np.array([7, 3, 1000]))
+    assert [part.name(row) for row in range(3)] == ["digit-000007", "digit-000003", "digit-001000"]
+    sample = part.read(2)
+    assert isinstance(sample.image, np.ndarray)
+    assert np.array_equal(sample.image, whole.images[1000])
+    assert sample.label == whole.labels[1000]
+    assert np.array_equal(part.read_many(np.array([1, 1]))[0], whole.images[3])
+
+
+def test_arrays_are_read_grey_or_in_colour(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (20, 5, 6), dtype=np.uint8)
+    labels = np.arange(20, dtype=np.int32) % 3 - 1
+    np.savez(tmp_path / "grey.npz", images=grey, labels=labels)
+    section = ArraysData(kind="arrays", root=tmp_path / "grey.npz", held_out_fraction=0.3)
+    splits = build_data(section)
+    assert splits.held_out is not None
+    assert count_examples(section) == (len(splits.train), len(splits.held_out)) == (14, 6)
+    assert splits.train.classes == ("0", "1")
+    assert splits.train.image_size == (5, 6)
+    number = int(splits.train.name(0).removeprefix("grey-"))
+    sample = splits.train.read(0)
+    assert isinstance(sample.image, np.ndarray)
+    assert np.array_equal(sample.image, np.repeat(grey[number][..., None], 3, axis=2))
+
+    np.savez(tmp_path / "colour.npz", images=rng.integers(0, 256, (4, 5, 6, 3), dtype=np.uint8))
+    bare = build_data(ArraysData(kind="arrays", root=tmp_path / "colour.npz"))
+    assert bare.train.classes == ()
+    assert bare.train.labels.tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize(
+    ("arrays", "text"),
+    [
+        ({"images": np.zeros((2, 4, 4, 3), np.float32)}, "float32"),
+        ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, "must be uint8"),
+        ({"images": np.zeros((0, 4, 4), np.uint8)}, "at least one image"),
+        ({"pictures": np.zeros((2, 4, 4), np.uint8)}, "images"),
+        ({"images": np.array([None, {}], dtype=object)}, "allow_pickle=False"),
+    ],
+)
+def test_arrays_of_another_kind_are_refused(
+    tmp_path: Path, arrays: dict[str, np.ndarray], text: str
+) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(DataError, match=text):
+        build_data(ArraysData(kind="arrays", root=path))
+    with pytest.raises(DataError):
+        count_examples(ArraysData(kind="arrays", root=path))
+
+
+@pytest.mark.parametrize("labels", [np.zeros(3, np.int64), np.zeros(2, np.float64)])
+def test_labels_must_fit_the_images(tmp_path: Path, labels: np.ndarray) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((2, 4, 4), np.uint8), labels=labels)
+    with pytest.raises(DataError, match="labels"):
+        build_data(ArraysData(kind="arrays", root=tmp_path / "x.npz"))
+
+
+def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_text("<html>")
+    for name in ("x.npz", "missing.npz"):
+        section = ArraysData(kind="arrays", root=tmp_path / name)
+        with pytest.raises(DataError, match="cannot be read"):
+            build_data(section)
+        with pytest.raises(DataError, match="cannot be read"):
+            count_examples(section)
+
+
+def test_counting_loads_neither_torch_nor_scikit_learn() -> None:
+    code = (
+        "import sys; from bigsimclr.data import count_examples;"
+        "from bigsimclr.recipe.schema import DigitsData;"
+        "count_examples(DigitsData(kind='digits'));"
+        "assert not {'torch', 'sklearn', 'PIL'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

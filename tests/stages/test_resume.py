@@ -1,0 +1,143 @@
+"""Interrupted and continued equals uninterrupted, bit for bit."""
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bigsimclr.engine.checkpoint import newest_checkpoint
+from bigsimclr.errors import CheckpointError, DataError, Stopped
+from bigsimclr.report.progress import Progress
+from bigsimclr.stages.single import run_stage
+from tests.stages import tiny
+
+QUEUE = ("loss.queue.length=48", "loss.queue.ema_decay=0.9")
+
+
+class StopAfter(Progress):
+    """Sends this process a signal when a step has been recorded."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        super().__init__(None, enabled=False)
+        self._stop_at, self._number = step, number
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        if step == self._stop_at and "train/loss" in values:
+            os.kill(os.getpid(), self._number)
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    checkpoint = newest_checkpoint(directory / "checkpoints")
+    assert checkpoint is not None
+    return {f"{s}/{n}": t for s, inner in checkpoint.tensors.items() for n, t in inner.items()}
+
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (line["step"], line["values"]["train/loss"])
+        for line in lines
+        if "train/loss" in line["values"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "overrides"),
+    [
+        (signal.SIGTERM, ()),
+        (signal.SIGINT, QUEUE),
+        (signal.SIGUSR2, ("parallel.precision=fp16",)),
+        (signal.SIGTERM, ("batch.micro_batch=8",)),
+        (signal.SIGTERM, ("optimizer={kind: adamw, learning_rate: 0.01}",)),
+    ],
+)
+def test_stopped_and_continued_equals_uninterrupted(
+    tmp_path: Path, number: signal.Signals, overrides: tuple[str, ...]
+) -> None:
+    keys = ("log.every_steps=1", *overrides)
+    tiny.run(tiny.PRETRAIN, tmp_path / "whole", *keys)
+    with pytest.raises(Stopped, match=number.name) as stopped:
+        run_stage(
+            tiny.recipe_of(tiny.PRETRAIN, *keys),
+            tmp_path / "parts",
+            progress=StopAfter(3, number),
+        )
+    assert stopped.value.exit_code == 75
+    assert (tmp_path / "parts" / "checkpoints" / f"{3 * 32:012}").is_dir()
+    tiny.run(tiny.PRETRAIN, tmp_path / "parts", *keys)
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_damaged_checkpoints_are_named_and_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.run(tiny.PRETRAIN, tmp_path / "whole", "log.every_steps=1")
+    with pytest.raises(Stopped):
+        run_stage(
+            tiny.recipe_of(tiny.PRETRAIN, "log.every_steps=1"),
+            tmp_path / "parts",
+            progress=StopAfter(4, signal.SIGTERM),
+        )
+    newest = tmp_path / "parts" / "checkpoints" / f"{4 * 32:012}"
+    model = newest / "model.safetensors"
+    content = bytearray(model.read_bytes())
+    content[-5] ^= 1
+    model.write_bytes(content)
+    tiny.run(tiny.PRETRAIN, tmp_path / "parts", "log.every_steps=1")
+    assert newest.name in caplog.text
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_no_intact_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run_stage(
+            tiny.recipe_of(tiny.PRETRAIN, "log.every_steps=1"),
+            tmp_path / "a",
+            progress=StopAfter(2, signal.SIGTERM),
+        )
+    for file in (tmp_path / "a" / "checkpoints").glob("*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="none"):
+        tiny.run(tiny.PRETRAIN, tmp_path / "a", "log.every_steps=1")
+
+
+def test_changed_images_are_refused(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=images)
+    keys = (
+        "data={kind: arrays, root: " + str(tmp_path / "x.npz") + "}",
+        "log.every_steps=1",
+    )
+    with pytest.raises(Stopped):
+        run_stage(
+            tiny.recipe_of(tiny.PRETRAIN, *keys),
+            tmp_path / "a",
+            progress=StopAfter(2, signal.SIGTERM),
+        )
+    images[3, 2, 1, 0] ^= 255
+    np.savez(tmp_path / "x.npz", images=images)
+    with pytest.raises(DataError, match="not those the run began with"):
+        tiny.run(tiny.PRETRAIN, tmp_path / "a", *keys)
+
+
+def test_training_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
+    import random
+
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    tiny.run(tiny.PRETRAIN, tmp_path / "a", "schedule.steps=2", "input.workers=2")
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[2])

@@ -1,0 +1,193 @@
+"""Every stage end to end on scanned digits, and what it must and must not change."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigsimclr.engine.checkpoint import newest_checkpoint
+from bigsimclr.errors import CheckpointError, DataError, RecipeError
+from bigsimclr.stages.load import load_run
+from tests.stages import tiny
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "pretrain"
+    tiny.run(tiny.PRETRAIN, directory)
+    return directory
+
+
+def result_of(directory: Path) -> dict:
+    return json.loads((directory / "result.json").read_text())
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_run(directory).model.state_dict()
+
+
+def test_pretraining_writes_the_whole_run_directory(parent: Path) -> None:
+    names = {path.name for path in parent.iterdir()}
+    assert {"recipe.yaml", "plan.json", "environment.json", "metrics.jsonl"} <= names
+    result = result_of(parent)
+    assert result["stage"] == "pretrain"
+    assert result["examples"] == 6 * 32
+    assert result["checkpoint"] == "checkpoints/000000000192"
+    assert result["parent"] is None
+    assert result["data"]["train"] == 1437
+    assert result["protocol"]["n"] == 360
+    assert 0.2 < result["metrics"]["knn_accuracy"] <= 1.0
+    assert set(result["metrics"]) == {"knn_accuracy", "probe_accuracy", "loss"}
+
+
+def test_two_checkpoints_are_kept(parent: Path) -> None:
+    found = sorted(path.name for path in (parent / "checkpoints").iterdir())
+    assert found == ["000000000128", "000000000192"]
+
+
+def test_records_hold_the_loss_beside_chance(parent: Path) -> None:
+    lines = [json.loads(line) for line in (parent / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "train/loss" in line["values"]]
+    assert [line["step"] for line in training] == [2, 4, 6]
+    assert [line["examples"] for line in training] == [64, 128, 192]
+    for line in training:
+        assert line["values"]["train/chance_loss"] == pytest.approx(2 * 4.1431347)
+        assert line["values"]["train/loss"] > 0
+
+
+def test_finetuning_keeps_the_first_head_layer_and_moves_everything(
+    tmp_path: Path, parent: Path
+) -> None:
+    tiny.run(tiny.FINETUNE, tmp_path / "a", f"parent={parent}")
+    before, after = weights(parent), weights(tmp_path / "a")
+    assert "head.layers.0.dense.weight" in after or any("head" in name for name in after)
+    kept = {name for name in after if name.startswith("head.")}
+    assert kept < {name for name in before if name.startswith("head.")}
+    # With a classifier that starts at zero the first update moves nothing but the classifier.
+    for name, tensor in after.items():
+        if not name.startswith("classifier.") and "num_batches" not in name:
+            assert not torch.equal(before[name], tensor), name
+    labels = (tmp_path / "a" / "labels.txt").read_text().splitlines()
+    assert len(labels) == 20
+    result = result_of(tmp_path / "a")
+    assert result["data"]["labels"] == 20
+    assert len(result["data"]["labels_hash"]) == 64
+    assert result["protocol"]["labels_per_class"] == 2
+    assert result["protocol"]["head_layer"] == 1
+    assert (tmp_path / "a" / result["parent"]).resolve() == parent.resolve()
+
+
+def test_linear_evaluation_moves_only_the_classifier(tmp_path: Path, parent: Path) -> None:
+    tiny.run(tiny.LINEAR, tmp_path / "a", f"parent={parent}")
+    before, after = weights(parent), weights(tmp_path / "a")
+    assert not any(name.startswith("head.") for name in after)
+    for name, tensor in after.items():
+        if name.startswith("classifier."):
+            assert tensor.abs().sum() > 0
+        else:
+            assert torch.equal(before[name], tensor), name
+
+
+def test_knn_evaluates_without_training(tmp_path: Path, parent: Path) -> None:
+    tiny.run(tiny.KNN, tmp_path / "a", f"parent={parent}")
+    result = result_of(tmp_path / "a")
+    assert result["metrics"]["accuracy"] == result_of(parent)["metrics"]["knn_accuracy"]
+    assert result["checkpoint"] is None
+
+
+def test_supervised_and_distillation(tmp_path: Path) -> None:
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    tiny.run(tiny.SUPERVISED, teacher)
+    before = weights(teacher)
+    tiny.run(tiny.DISTILL, student, f"parent={teacher}")
+    for name, tensor in weights(teacher).items():
+        assert torch.equal(before[name], tensor), name
+    loaded = load_run(student)
+    assert loaded.architecture.backbone == load_run(teacher).architecture.backbone
+    assert loaded.classes == tuple("0123456789")
+    tiny.run(
+        tiny.DISTILL,
+        tmp_path / "small",
+        f"parent={teacher}",
+        "backbone.depth=18",
+        "backbone.width=0.0625",
+        "backbone.stem=cifar",
+        "labelled_weight=0.5",
+        "labels.per_class=2",
+        "batch.micro_batch=8",
+    )
+    assert load_run(tmp_path / "small").architecture.backbone.depth == 18
+
+
+def test_the_queue_survives_in_checkpoints(tmp_path: Path) -> None:
+    tiny.run(tiny.PRETRAIN, tmp_path / "a", "loss.queue.length=48", "loss.queue.ema_decay=0.9")
+    checkpoint = newest_checkpoint(tmp_path / "a" / "checkpoints")
+    assert checkpoint is not None
+    assert {"model", "optimizer", "averaged", "queue"} == set(checkpoint.tensors)
+    rows = next(t for t in checkpoint.tensors["queue"].values() if t.ndim == 2)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(48))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_train_close_to_fp32(tmp_path: Path, precision: str) -> None:
+    def first_loss(directory: Path, *keys: str) -> float:
+        tiny.run(tiny.PRETRAIN, directory, "schedule.steps=2", *keys)
+        line = json.loads((directory / "metrics.jsonl").read_text().splitlines()[0])
+        return line["values"]["train/loss"]
+
+    exact = first_loss(tmp_path / "fp32")
+    close = first_loss(tmp_path / precision, f"parallel.precision={precision}")
+    assert close == pytest.approx(exact, rel=0.02)
+    assert close != exact
+    kept = weights(tmp_path / precision)
+    assert all(t.dtype == torch.float32 for name, t in kept.items() if name.endswith("weight"))
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    first = tiny.run(tiny.SUPERVISED, tmp_path / "a")
+    stamp = (tmp_path / "a" / "result.json").stat().st_mtime_ns
+    second = tiny.run(tiny.SUPERVISED, tmp_path / "a")
+    assert second.metrics == first.metrics
+    assert second.checkpoint == first.checkpoint
+    assert (tmp_path / "a" / "result.json").stat().st_mtime_ns == stamp
+
+
+def test_another_recipe_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    tiny.run(tiny.SUPERVISED, tmp_path / "a")
+    with pytest.raises(RecipeError, match=r"optimizer.learning_rate \(0.5 -> 0.25\)"):
+        tiny.run(tiny.SUPERVISED, tmp_path / "a", "optimizer.learning_rate=0.25")
+    tiny.run(tiny.SUPERVISED, tmp_path / "a", "log.every_steps=5", "checkpoint.keep=3")
+
+
+def test_a_stage_without_its_parent_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="parent=DIR"):
+        tiny.run(tiny.FINETUNE, tmp_path / "a")
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        tiny.run(tiny.FINETUNE, tmp_path / "b", f"parent={tmp_path / 'none'}")
+
+
+def test_a_layer_beyond_the_head_is_refused(tmp_path: Path, parent: Path) -> None:
+    with pytest.raises(RecipeError, match="beyond the 3 head layers"):
+        tiny.run(tiny.FINETUNE, tmp_path / "a", f"parent={parent}", "from_layer=4")
+
+
+def test_pretraining_needs_a_full_batch(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="batch.global_batch=1024"):
+        tiny.run(tiny.PRETRAIN, tmp_path / "a", "batch.global_batch=2048")
+
+
+def test_images_without_labels_pretrain_but_do_not_finetune(tmp_path: Path, parent: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(40):
+        pixels = torch.randint(0, 256, (12, 10, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number:02}.png")
+    keys = ("data={kind: folder, root: " + str(folder) + ", labelled: false}",)
+    tiny.run(tiny.PRETRAIN, tmp_path / "a", *keys)
+    assert result_of(tmp_path / "a")["metrics"].keys() == {"loss"}
+    with pytest.raises(DataError, match="sub-folder per class"):
+        tiny.run(tiny.FINETUNE, tmp_path / "b", f"parent={parent}", *keys)
