@@ -110,10 +110,10 @@ def storm(
     )
     start = _starter(recipe, fresh=fresh)
     chooser = random.Random(seed)  # noqa: S311 - instants, not secrets
-    started = time.monotonic()
-    if (code := _exit_code(start(directory / "reference"))) != 0:
-        raise RuntimeError(f"the undisturbed run failed ({code}): {_log(directory / 'reference')}")
-    duration = time.monotonic() - started
+    reference = directory / "reference"
+    if (code := _exit_code(start(reference))) != 0:
+        raise RuntimeError(f"the undisturbed run failed ({code}): {_log(reference)}")
+    seconds = _training_seconds(reference)
     counts: dict[Kind, int] = {
         "kill": kills - kills // 2,
         "kill in save": kills // 2,
@@ -124,10 +124,10 @@ def storm(
     findings = Findings()
     while blows:
         run = directory / f"run-{findings.runs}"
-        _suffer(run, start, blows, findings=findings, chooser=chooser, duration=duration)
+        _suffer(run, start, blows, findings=findings, chooser=chooser, seconds=seconds)
         findings.runs += 1
-        findings.state_bitwise_equal += _state(run) == _state(directory / "reference")
-        findings.losses_equal += _losses(run) == _losses(directory / "reference")
+        findings.state_bitwise_equal += _state(run) == _state(reference)
+        findings.losses_equal += _losses(run) == _losses(reference)
         shutil.rmtree(run)
     return findings
 
@@ -139,16 +139,16 @@ def _suffer(
     *,
     findings: Findings,
     chooser: random.Random,
-    duration: float,
+    seconds: float,
 ) -> None:
     """Restart one run until it is finished; take a blow off the list when it has struck."""
     while True:
         before = _published(run)
         unfinished = _unfinished(run)
         child = start(run)
-        asked = _strike(child, blows[-1], run, chooser, duration) if blows else 0.0
+        asked = _strike(child, blows[-1], run, chooser, seconds) if blows else 0.0
         code = _exit_code(child)
-        seconds = time.monotonic() - asked
+        ended = time.monotonic()
         after = _published(run)
         _verify(before, after, findings)
         if code == 0:
@@ -162,7 +162,7 @@ def _suffer(
         elif code == Stopped.exit_code:
             findings.terms += 1
             findings.steps_lost_to_terms.append(lost)
-            findings.seconds_to_stop.append(round(seconds, 3))
+            findings.seconds_to_stop.append(round(ended - asked, 3))
             blows.pop()
         elif code != -signal.SIGTERM or lost:
             # SIGTERM before the run can listen, or after its last save, ends it without a loss.
@@ -172,14 +172,18 @@ def _suffer(
                 raise RuntimeError(f"the run fails by itself: {findings.unexpected_exits}")
 
 
-def _strike(child: int, blow: Kind, run: Path, chooser: random.Random, duration: float) -> float:
-    """Wait for the instant, send the signal, and return the time when it was sent."""
+def _strike(child: int, blow: Kind, run: Path, chooser: random.Random, seconds: float) -> float:
+    """Wait for the instant, send the signal, and return the time when it was sent.
+
+    Most instants lie in the training, which takes `seconds` in all; some plain kills strike the
+    start of the process as well.
+    """
     unfinished = _unfinished(run)
-    if blow == "term":
+    if blow != "kill" or chooser.random() < 0.75:
         for _ in _while_running(child):
             if _listens(child):
                 break
-    end = time.monotonic() + chooser.uniform(0, duration / 3)
+    end = time.monotonic() + chooser.uniform(0, seconds / 2)
     for _ in _while_running(child):
         if time.monotonic() >= end:
             break
@@ -273,6 +277,11 @@ def _published(run: Path) -> list[Path]:
 def _unfinished(run: Path) -> set[Path]:
     """Saves and deletions that have begun."""
     return {path for kind in ("tmp", "del") for path in (run / "checkpoints").glob(f".{kind}-*")}
+
+
+def _training_seconds(run: Path) -> float:
+    facts = json.loads((_published(run)[-1] / "facts.json").read_text())
+    return float(facts["seconds"])
 
 
 def _steps_lost(run: Path, published: list[Path]) -> int:

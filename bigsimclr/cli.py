@@ -1,4 +1,4 @@
-"""The command `bigsimclr`. Each command is a few lines; nothing heavy is imported before its use."""
+"""The command `bigsimclr`: each command a few lines; nothing heavy is imported before its use."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer.core import TyperCommand
+from typing_extensions import override
 
 from bigsimclr.errors import BigSimCLRError, RecipeError, Stopped
 
@@ -24,6 +25,7 @@ _EXIT_CODES = (
 class _Command(TyperCommand):
     """A command that ends in one line on standard error, not in a traceback."""
 
+    @override
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # typer bundles its own Context
         try:
             return super().invoke(ctx)
@@ -98,15 +100,13 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     *,
-    version: Annotated[  # noqa: ARG001 - its callback answers
+    version: Annotated[
         bool,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
-    debug: Annotated[  # noqa: ARG001 - read by _Command
-        bool, typer.Option("--debug", help="Show tracebacks of errors.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """SimCLRv2 in PyTorch: pretrain, fine-tune on few labels, distil."""
 
@@ -123,7 +123,7 @@ def run(
 ) -> None:
     """Run a recipe to its end and write its report; the same command continues a stopped run.
 
-    For a pipeline, KEY=VALUE changes every step, STEP.KEY=VALUE one of them.
+    For a pipeline, KEY=VALUE changes every step that has the key, STEP.KEY=VALUE one step.
     """
     from bigsimclr.recipe import (
         find_recipe,
@@ -172,28 +172,34 @@ def check(
         checked = [(planned.path, planned.recipe) for planned in runs]
     else:
         checked = [("", loaded)]
-    plans = [(path, stage, _plan_rows(stage, world_size)) for path, stage in checked]
+    plans = [(path, stage, _plan_rows(path, stage, world_size)) for path, stage in checked]
     if as_json:
         print(json.dumps([_as_facts(*plan) for plan in plans], indent=2))
         return
-    for path, stage, rows in plans:
-        _print_check(path, stage, rows)
+    if isinstance(loaded, PipelineRecipe):
+        _print_runs(plans)
+    else:
+        _print_stage(*plans[0][1:])
 
 
-def _plan_rows(recipe: "AnyStage", world_size: int) -> list[tuple[str, str]]:
+def _plan_rows(path: str, recipe: "AnyStage", world_size: int) -> list[tuple[str, str]]:
     from bigsimclr.data import count_examples
     from bigsimclr.errors import DataError
     from bigsimclr.recipe.plan import describe
 
-    examples: int | None
-    held_out: int | None
+    examples: int | None = None
+    held_out: int | None = None
+    missing = ""
     try:
         examples, held_out = count_examples(recipe.data)
         examples = _walked(recipe, examples)
     except DataError as error:
-        rows = describe(recipe, examples=None, held_out=None, world_size=world_size)
-        return [("data", f"steps are not known: {error}"), *rows[1:]]
-    return describe(recipe, examples=examples, held_out=held_out, world_size=world_size)
+        examples, missing = None, str(error)
+    try:
+        rows = describe(recipe, examples=examples, held_out=held_out, world_size=world_size)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}" if path else str(error)) from None
+    return [("data", f"steps are not known: {missing}"), *rows[1:]] if missing else rows
 
 
 def _walked(recipe: "AnyStage", examples: int) -> int:
@@ -214,7 +220,7 @@ def _labelled(recipe: "LinearRecipe | FinetuneRecipe | SupervisedRecipe", exampl
     if labels.list is not None:
         return len(read_list(labels.list))
     if labels.percent is not None:
-        return max(1, round(examples * labels.percent / 100.0))
+        return max(1, int(examples * labels.percent / 100.0 + 1e-9))
     if isinstance(recipe.data, DigitsData):
         classes = 10
     else:
@@ -231,16 +237,23 @@ def _as_facts(path: str, recipe: "AnyStage", rows: list[tuple[str, str]]) -> dic
     }
 
 
-def _print_check(path: str, recipe: "AnyStage", rows: list[tuple[str, str]]) -> None:
+def _print_stage(recipe: "AnyStage", rows: list[tuple[str, str]]) -> None:
     from bigsimclr.recipe import recipe_text
 
-    if path:
-        facts = "; ".join(f"{topic} {text}" for topic, text in rows if topic in ("data", "steps"))
-        print(f"{path}: {recipe.stage}; {facts}")
-        return
     print(recipe_text(recipe), end="")
     width = max(len(topic) for topic, _ in rows)
     print("\n".join(["", *(f"{topic:<{width}}  {text}" for topic, text in rows)]))
+
+
+def _print_runs(plans: list[tuple[str, "AnyStage", list[tuple[str, str]]]]) -> None:
+    """Print one line per run; runs of a grid that do the same amount of work share a line."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for path, stage, rows in plans:
+        facts = "; ".join(text for topic, text in rows if topic in ("data", "steps"))
+        alike.setdefault((path.partition("/")[0], f"{stage.stage}; {facts}"), []).append(path)
+    for (_, facts), paths in alike.items():
+        more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+        print(f"{paths[0]}{more}: {facts}")
 
 
 @app.command(cls=_Command)
@@ -323,10 +336,10 @@ def data_split(
     draw: Annotated[int, typer.Option(min=0, help="Number of the random draw.")] = 0,
 ) -> None:
     """Draw labelled images from a recipe's training images and write their names to a file."""
-    from bigsimclr.data import build_data, labelled_images
-    from bigsimclr.data.subsets import subset_hash
+    from bigsimclr.data import build_data
+    from bigsimclr.data.subsets import select_labels, subset_hash
     from bigsimclr.recipe import load_recipe
-    from bigsimclr.recipe.schema import LabelsSection, PipelineRecipe
+    from bigsimclr.recipe.schema import PipelineRecipe
 
     if (per_class is None) == (percent is None):
         raise RecipeError("data split: give exactly one of --per-class and --percent")
@@ -335,9 +348,9 @@ def data_split(
     loaded = load_recipe(recipe, overrides or ())
     if isinstance(loaded, PipelineRecipe):
         raise RecipeError(f"data split: {recipe} is a pipeline; name one of its stages' recipes")
-    section = LabelsSection(per_class=per_class, percent=percent, draw=draw)
     train = build_data(loaded.data).train
-    names = [train.name(int(index)) for index in labelled_images(train, section)]
+    chosen = select_labels(train, per_class=per_class, percent=percent, draw=draw)
+    names = [train.name(int(index)) for index in chosen]
     _write_new(out, "".join(f"{name}\n" for name in names))
     print(f"{out}: {len(names)} of {len(train)} images, sha256 {subset_hash(names)}")
 
@@ -375,6 +388,6 @@ def predict(
 @app.command(cls=_Command)
 def report(run_directory: RunArgument) -> None:
     """Write report.html and report.json of a run or a pipeline again."""
-    from bigsimclr.report import write_report
+    from bigsimclr.report.html import write_report
 
     print(write_report(run_directory))

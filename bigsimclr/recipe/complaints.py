@@ -1,6 +1,7 @@
 """What pydantic found wrong, said plainly, at the place where it was written."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args, get_origin
 
 from pydantic import ValidationError
@@ -32,6 +33,7 @@ class _Place:
     key: str  # dotted
     node: Node  # the deepest node that was written
     section: type[Section] | None  # the section that holds the last part of the key
+    kinds: tuple[type[Section], ...]  # all that could stand in the section's place
     annotation: object  # what the schema says about the key
     is_choice: bool  # one of several types of value was tried
 
@@ -70,17 +72,20 @@ def _place(location: tuple[int | str, ...], root: Node, recipe: type[Section]) -
     node = root
     annotation: object = recipe
     section: type[Section] | None = None
+    kinds: tuple[type[Section], ...] = ()
     keys: list[str] = []
     is_choice = False
     for part in location:
         choices = sections_in(annotation)
         if get_origin(annotation) in (tuple, dict):
-            section = None
+            section, kinds = None, ()
             annotation = get_args(annotation)[-1 if isinstance(part, str) else 0]
         elif len(choices) > 1:
             annotation = next((c for c in choices if kind_of(c) == part), None)
+            kinds = choices
             continue
         elif choices:
+            kinds = kinds if choices[0] in kinds else ()
             section = choices[0]
             field = section.model_fields.get(str(part))
             annotation = field.annotation if field else None
@@ -92,7 +97,7 @@ def _place(location: tuple[int | str, ...], root: Node, recipe: type[Section]) -
             break  # a list with too few values: the list is to blame
         keys.append(str(part))
         node = child if child is not None else node
-    return _Place(".".join(keys), node, section, annotation, is_choice)
+    return _Place(".".join(keys), node, section, kinds, annotation, is_choice)
 
 
 def _holds_broken(node: Node) -> bool:
@@ -130,7 +135,9 @@ def _unfit_value(detail: ErrorDetails, place: _Place) -> str:
     if place.is_choice:
         return f"should be a number or text, not {_written(node)}"
     if kind in _WANTED:
-        return f"should be {_WANTED[kind]}, not {_written(node)}{_hint(kind, node)}"
+        is_path = Path in (place.annotation, *get_args(place.annotation))
+        wanted = "a path" if kind == "string_type" and is_path else _WANTED[kind]
+        return f"should be {wanted}, not {_written(node)}{_hint(kind, node)}"
     message = detail["msg"].removeprefix("Input ")
     for noise in ("Tuple ", "String ", " after validation"):
         message = message.replace(noise, "")
@@ -150,6 +157,9 @@ def _unknown_key(place: _Place, recipe: type[Section]) -> str:
     near = nearest(word, place.section.model_fields)
     if near:
         return f"unknown key; did you mean '{near}'?"
+    others = [str(kind_of(kind)) for kind in place.kinds if word in kind.model_fields]
+    if others:
+        return f"unknown key for this kind; it belongs to {', '.join(others)}"
     elsewhere = [key for key in dotted_keys(recipe) if key.split(".")[-1] == word]
     if elsewhere:
         return f"unknown key; did you mean '{elsewhere[0]}'?"

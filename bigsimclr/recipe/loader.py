@@ -57,10 +57,22 @@ def is_pipeline(source: str | Path) -> bool:
     Raises:
         RecipeError: the file is no YAML.
     """
+    return stage_of(source) == "pipeline"
+
+
+def stage_of(source: str | Path) -> str | None:
+    """Return what stands at `stage`, with nothing else of the recipe checked.
+
+    Args:
+        source: as for `load_recipe`.
+
+    Raises:
+        RecipeError: the file is no YAML.
+    """
     path = find_recipe(source)
     root = read_tree(_read(path), str(path)).root
     stage = root.value.get("stage") if isinstance(root.value, dict) else None
-    return stage is not None and stage.value == "pipeline"
+    return stage.value if stage is not None and isinstance(stage.value, str) else None
 
 
 def _read(path: Path) -> str:

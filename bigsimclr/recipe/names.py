@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bigsimclr.errors import RecipeError
-from bigsimclr.recipe.keys import did_you_mean
+from bigsimclr.recipe.keys import nearest
 from bigsimclr.recipe.yaml_tree import show
 
 _PIPELINE = "pipeline"  # digits/pipeline.yaml goes by the name digits
@@ -42,7 +42,8 @@ def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
         return shipped[plain]
     if files[0].is_dir():
         raise RecipeError(f"{show(str(name), 200)}: a folder; name a recipe file in it")
-    hint = did_you_mean(plain, shipped) if shipped else "no recipes are installed"
+    near = nearest(plain, shipped)
+    hint = f"did you mean '{near}'?" if near else "list them with: bigsimclr recipes ls"
     raise RecipeError(f"{show(str(name), 200)}: no such file and no recipe of that name; {hint}")
 
 

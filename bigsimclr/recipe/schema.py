@@ -505,9 +505,10 @@ class PipelineStep(Section):
     recipe: str
     """A recipe: a name that `bigsimclr recipes` lists, or a file beside this one."""
     parent: str | None = None
-    """An earlier step whose run is this step's parent; its grid is absent or the same."""
+    """Name of an earlier step whose run is this step's parent."""
     grid: dict[str, tuple[int | float | str, ...]] = {}
-    """Keys of the stage recipe, each with values; one run per combination."""
+    """Keys of the stage recipe, each with values; one run per combination. A step without a grid
+    runs once for every run of its parent; with one, its parent has the same grid or none."""
 
 
 class PipelineRecipe(Section):
@@ -520,15 +521,16 @@ class PipelineRecipe(Section):
 
     @model_validator(mode="after")
     def _parents_come_first(self) -> Self:
-        earlier: dict[str, PipelineStep] = {}
+        grids: dict[str, dict[str, tuple[int | float | str, ...]]] = {}
         for step in self.steps:
-            if step.name in earlier:
+            if step.name in grids:
                 raise ValueError(f"two steps are named '{step.name}'")
-            if step.parent is not None and step.parent not in earlier:
+            if step.parent is not None and step.parent not in grids:
                 raise ValueError(f"step '{step.name}': no earlier step is named '{step.parent}'")
-            if step.parent is not None and earlier[step.parent].grid not in ({}, step.grid):
+            inherited = {} if step.parent is None else grids[step.parent]
+            if step.grid and inherited not in ({}, step.grid):
                 raise ValueError(f"step '{step.name}': its grid differs from its parent's")
-            earlier[step.name] = step
+            grids[step.name] = step.grid or inherited
         return self
 
 

@@ -45,6 +45,8 @@ _ADVICE = {
     "cannot start any token": "put this text in quotes",
     "but got '<stream end>'": "a bracket is opened and never closed",
     "expected ',' or": "a ',' or a closing bracket is missing",
+    "but found '}'": "a bracket is closed too often",
+    "but found ']'": "a bracket is closed too often",
     "expected <block end>": "the indentation does not fit the lines above",
     "unknown escape character": "use single quotes, or write \\\\ for a backslash",
     "expected the node content": "a value is missing or a bracket is closed too often",
@@ -167,8 +169,10 @@ class _Reader:
             event: Event = self._loader.get_event()  # type: ignore[no-untyped-call]  # by the stubs
         except yaml.MarkedYAMLError as error:
             problem = error.problem or "no YAML"
-            # What is never closed is best looked for where it was opened.
-            is_open = "end of stream" in problem or "stream end" in problem
+            # What is never finished is best looked for where it begins.
+            is_open = any(
+                part in problem for part in ("end of stream", "stream end", "find expected")
+            )
             mark = (is_open and error.context_mark) or error.problem_mark
             line = mark.line + 1 if mark else 1
             advice = next((a for part, a in _ADVICE.items() if part in problem), None)

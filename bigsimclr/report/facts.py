@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -74,14 +75,18 @@ class RunSet:
     ancestors: tuple[Run, ...]  # runs outside the directory that a single run descends from
     notes: tuple[str, ...]  # what could not be read
 
+    @cached_property
+    def by_path(self) -> Mapping[str, Run]:
+        """All runs by their path."""
+        return {run.path: run for run in (*self.ancestors, *self.runs)}
+
     def lineage(self, run: Run) -> Iterator[Run]:
         """Yield a run, its parent, the parent's parent and so on."""
-        known = {other.path: other for other in (*self.ancestors, *self.runs)}
         for _ in range(_LONGEST_CHAIN):
             yield run
-            if run.parent is None or run.parent not in known:
+            if run.parent is None or run.parent not in self.by_path:
                 return
-            run = known[run.parent]
+            run = self.by_path[run.parent]
 
     def of_step(self, step: Step) -> tuple[Run, ...]:
         """Return the runs of one step, in order."""
@@ -140,6 +145,9 @@ def read_run_set(run_dir: Path) -> RunSet:
     for entry in sequence(tree.get("steps") or wanted.get("steps")):
         step = mapping(entry)
         step_name = text(step.get("name")) or f"step {len(steps) + 1}"
+        if any(other.name == step_name for other in steps):
+            notes.append(f"pipeline.json: two steps are called {step_name!r}")
+            step_name += f" ({len(steps) + 1})"
         stage = text(step.get("stage")) or ""
         steps.append(Step(step_name, stage))
         for item in sequence(step.get("runs")):

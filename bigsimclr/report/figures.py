@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from bigsimclr.report.facts import Run, RunSet, mapping, number
+from bigsimclr.report.facts import Run, RunSet, Step, mapping, number
 from bigsimclr.report.plots import Curve, Series, Tone, in_dark, label_efficiency_svg, series_svg
 from bigsimclr.report.summary import METHOD_NAMES, METHOD_OF_STAGE, Method, Point, labels_of
 
@@ -177,7 +177,7 @@ def pretraining_pictures(run: Run) -> tuple[Picture, ...]:
 
 def classifier_pictures(run_set: RunSet, runs: Sequence[Run]) -> tuple[Picture, ...]:
     """Draw what the runs of one classifier step recorded, one thin line for each run."""
-    amounts = [labels_of(run_set, run).amount for run in runs] if len(runs) > 1 else [""]
+    amounts = [""] if len(runs) == 1 else [labels_of(run_set, run).amount for run in runs]
     found = (_panel_picture(panel, runs, amounts) for panel in _CLASSIFIER_PANELS)
     return tuple(picture for picture in found if picture is not None)
 
@@ -261,7 +261,7 @@ def _address(svg: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii")
 
 
-def classifier_steps(run_set: RunSet) -> tuple[str, ...]:
-    """Name the steps that train a classifier, in order."""
+def classifier_steps(run_set: RunSet) -> tuple[Step, ...]:
+    """Return the steps that train a classifier, in order."""
     stages = {*METHOD_OF_STAGE, "linear"}
-    return tuple(step.name for step in run_set.steps if step.stage in stages)
+    return tuple(step for step in run_set.steps if step.stage in stages)

@@ -42,6 +42,7 @@ class Progress:
         self._step = 0
         self._started = 0.0
         self._values: dict[str, float] = {}
+        self._is_behind = False  # whether something measured has not been shown yet
         self._bar: RichProgress | None = None
         self._stop_bar: weakref.finalize[[], Progress] | None = None
         self._task = TaskID(0)
@@ -62,7 +63,7 @@ class Progress:
         self._first = self._step = first_step
         self._started = time.monotonic()
         self._due = self._started + self._interval
-        self._values = {}
+        self._values, self._is_behind = {}, False
         again = f", continuing at {first_step:,}" if first_step else ""
         self.note(f"{title}: {total_steps:,} steps{again}; {detail}")
         if self._console is not None:
@@ -80,7 +81,8 @@ class Progress:
         self._step = step
         self._values.update(values)
         now = time.monotonic()
-        if now < self._due and step < self._total:
+        self._is_behind = now < self._due
+        if self._is_behind:
             return
         self._due = now + self._interval
         if self._bar is not None:
@@ -95,6 +97,9 @@ class Progress:
         Args:
             summary: its result in a few words.
         """
+        if self._is_behind and self._bar is None:
+            self._write(self._line(time.monotonic()))
+        self._is_behind = False
         self._close_bar()
         self.note(summary)
 

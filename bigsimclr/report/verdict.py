@@ -158,7 +158,7 @@ def _of_pretraining(run_set: RunSet) -> str:
         neighbours = number(run.metrics.get("knn_accuracy"))
         if neighbours is not None:
             sentence += f"; nearest neighbours classify {percent(neighbours)} of "
-            sentence += f"{held_out_images((run,))}"
+            sentence += f"{held_out_images((run,))} right"
         return f"{sentence}."
     return "Finished, without an accuracy to report."
 

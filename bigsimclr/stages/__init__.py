@@ -32,13 +32,14 @@ def run_recipe(
         Stopped: a signal asked for it; the state is saved.
         BigSimCLRError: as the stage.
     """
+    from bigsimclr.recipe.pipeline import plan_pipeline
     from bigsimclr.report.html import write_report
     from bigsimclr.report.progress import show_progress
-    from bigsimclr.stages.pipeline import plan_pipeline, run_pipeline
+    from bigsimclr.stages.pipeline import run_pipeline
     from bigsimclr.stages.single import run_stage
 
     directory = out if out is not None else Path("runs") / name.replace("/", "-")
-    progress = show_progress(show)
+    progress = show_progress(enabled=show)
     if isinstance(recipe, PipelineRecipe):
         runs = plan_pipeline(
             recipe,

@@ -156,7 +156,6 @@ def _write_result(
 
 
 def _protocol(recipe: AnyStage, inputs: Inputs, examples: int) -> dict[str, object]:
-    labels = None if isinstance(recipe, PretrainRecipe) else recipe.labels
     return {
         "encoder": ENCODER[recipe.stage],
         "head_layer": 0 if isinstance(recipe, PretrainRecipe) else recipe.from_layer,
@@ -164,11 +163,26 @@ def _protocol(recipe: AnyStage, inputs: Inputs, examples: int) -> dict[str, obje
         "augmentation": _augmentation(recipe),
         "seed": recipe.seed,
         "n": 0 if inputs.held_out is None else len(inputs.held_out),
-        "labels_per_class": None if labels is None else labels.per_class,
-        "labels_percent": None if labels is None else labels.percent,
-        "draw": None if labels is None else labels.draw,
+        **_labels_used(recipe),
         "checkpoint": "last",
     }
+
+
+def _labels_used(recipe: AnyStage) -> dict[str, object]:
+    labels = None if isinstance(recipe, PretrainRecipe) else recipe.labels
+    if labels is not None:
+        return {
+            "labels_per_class": labels.per_class,
+            "labels_percent": labels.percent,
+            "draw": labels.draw,
+        }
+    names = ("labels_per_class", "labels_percent", "draw")
+    if isinstance(recipe, DistillRecipe) and recipe.parent is not None:
+        # A student has seen the labels its teacher saw.
+        text = (recipe.parent / "result.json").read_text(encoding="utf-8")
+        teacher = json.loads(text)["protocol"]
+        return {name: teacher[name] for name in names}
+    return dict.fromkeys(names)
 
 
 def _augmentation(recipe: AnyStage) -> str:

@@ -31,7 +31,8 @@ def _undescribed(
     documentation = ast.get_docstring(node) or ""
     lines = lines_of(file)
     taken = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-    tensors = [argument for argument in taken if _is_tensor(argument)]
+    # `like` lends its device and type; its shape does not matter.
+    tensors = [argument for argument in taken if _is_tensor(argument) and argument.arg != "like"]
     missing = []
     for argument in tensors:
         comment = lines[argument.lineno - 1].partition("#")[2]

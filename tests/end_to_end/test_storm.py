@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--queue"]])
 def test_a_storm_changes_nothing(tmp_path: Path, options: list[str]) -> None:
     output = tmp_path / "storm.json"

@@ -71,7 +71,7 @@ def test_dark_screenshot_is_dark_with_readable_plots(page, tmp_path):
 
 
 def test_narrow_page_does_not_scroll_sideways(page, tmp_path):
-    # Chromium grows a screenshot's page to nothing: what is cut off at the right stays cut off.
+    # Anything wider than the window would reach over the margin at the right.
     pixels = shot(page, tmp_path, width=500)
     assert pixels.shape == (900, 500, 3)
     assert (pixels[:, -8:].max(axis=2) - pixels[:, -8:].min(axis=2)).max() <= 6

@@ -168,7 +168,7 @@ def test_page_refers_to_nothing_outside_itself(pipeline):
 def test_plots_are_sound_svg_without_remote_addresses(pipeline):
     page = (pipeline / "report.html").read_text(encoding="utf-8")
     pictures = [address for address in addresses(page) if address.startswith("data:")]
-    assert len(pictures) == 4 + 2 * (8 + 3 * 3)
+    assert len(pictures) == 4 + 2 * (8 + 3 * 2)
     for picture in pictures:
         svg = base64.b64decode(picture.partition(",")[2]).decode()
         assert "<!DOCTYPE" not in svg
@@ -285,6 +285,23 @@ def test_a_pipeline_cannot_show_folders_outside_itself(tmp_path):
     page = write_report(tmp_path / "run").read_text()
     assert "SEEN" not in page
     assert page.count("is not a folder of this run") == 3
+
+
+def test_steps_are_shown_as_a_tree_even_if_names_repeat(tmp_path):
+    steps = [
+        {"name": "a", "stage": "pretrain", "runs": [{"path": "a"}]},
+        {"name": "b", "stage": "finetune", "runs": [{"path": "b", "parent": "a"}]},
+        {"name": "b", "stage": "distill", "runs": [{"path": "c", "parent": "b"}]},
+        {"name": "d", "stage": "supervised", "runs": [{"path": "d", "parent": "d"}]},
+    ]
+    write(tmp_path / "pipeline.json", {"name": "p", "steps": steps})
+    tree = html5lib.parse(write_report(tmp_path).read_text(), namespaceHTMLElements=False)
+    table = next(
+        t for t in tree.iter("table") if "Each step below" in (t.findtext("caption") or "")
+    )
+    names = [row.findtext("th") for row in table.find("tbody")]
+    space, corner = "\N{NO-BREAK SPACE}", "\N{BOX DRAWINGS LIGHT UP AND RIGHT}"
+    assert names == ["a", f"{space}{corner} b", f"{5 * space}{corner} b (3)", "d"]
 
 
 def test_secrets_of_the_environment_stay_out(tmp_path):

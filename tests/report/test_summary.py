@@ -148,7 +148,7 @@ def test_fewer_finished_stages_give_smaller_claims(tmp_path):
     assert verdict("b", "pretrain") == (
         "Pretraining has finished at a contrastive loss of "
         f"{report_of(tmp_path / 'b')['training'][0]['final']['train/loss']:.2f} (chance 12.47); "
-        "nearest neighbours classify 98.5% of 360 held-out images. "
+        "nearest neighbours classify 98.5% of 360 held-out images right. "
         "So far 1 of 48 runs have finished."
     )
     assert verdict("c", "pretrain", "knn").startswith(

@@ -131,14 +131,16 @@ def test_the_queue_survives_in_checkpoints(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precisions_train_close_to_fp32(tmp_path: Path, precision: str) -> None:
-    def first_loss(directory: Path, *keys: str) -> float:
-        tiny.run(tiny.PRETRAIN, directory, "schedule.steps=2", *keys)
-        line = json.loads((directory / "metrics.jsonl").read_text().splitlines()[0])
-        return line["values"]["train/loss"]
+    def losses(directory: Path, *keys: str) -> list[float]:
+        gentle = ("optimizer={kind: adamw, learning_rate: 0.0001}", "loss.temperature=0.5")
+        tiny.run(tiny.PRETRAIN, directory, *gentle, "log.every_steps=1", *keys)
+        lines = [json.loads(x) for x in (directory / "metrics.jsonl").read_text().splitlines()]
+        return [x["values"]["train/loss"] for x in lines if "train/loss" in x["values"]]
 
-    exact = first_loss(tmp_path / "fp32")
-    close = first_loss(tmp_path / precision, f"parallel.precision={precision}")
-    assert close == pytest.approx(exact, rel=0.02)
+    exact = losses(tmp_path / "fp32")
+    close = losses(tmp_path / precision, f"parallel.precision={precision}")
+    assert len(exact) == 6
+    assert close == pytest.approx(exact, rel=0.03)
     assert close != exact
     kept = weights(tmp_path / precision)
     assert all(t.dtype == torch.float32 for name, t in kept.items() if name.endswith("weight"))

@@ -1,0 +1,83 @@
+"""The README's own lines, run as they stand on a small folder of photographs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+SHORT = ["schedule.epochs=null", "schedule.steps=2", "schedule.warmup_epochs=0"]
+
+
+def _blocks(language: str) -> list[str]:
+    text = README.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Make `labelled/CLASS/*.jpg`, and the same files without classes in `photos/`."""
+    random = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for number, photograph in enumerate(load_sample_images().images):
+        folder = tmp_path / "labelled" / f"class{number}"
+        folder.mkdir(parents=True)
+        for index in range(35):
+            height, width = random.integers(40, 90, 2)
+            top = random.integers(photograph.shape[0] - height)
+            left = random.integers(photograph.shape[1] - width)
+            image = Image.fromarray(photograph[top : top + height, left : left + width])
+            image.save(folder / f"{index}.jpg")
+            image.save(tmp_path / "photos" / f"{number}_{index}.jpg")
+    return tmp_path
+
+
+def _run(words: list[str], folder: Path) -> str:
+    ended = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_lines_for_own_images(home: Path) -> None:
+    lines = "\n".join(_blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = [line for line in lines if line.startswith("bigsimclr")]
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line)[1:]
+        _run(["-m", "bigsimclr", *words, *(SHORT if words[0] == "run" else [])], home)
+    assert (home / "runs" / "photos-finetuned" / "report.html").exists()
+    classes = (home / "classes.csv").read_text(encoding="utf-8").splitlines()
+    assert classes[0] == "name,class,probability"
+    assert len(classes) == 1 + 70
+
+
+@pytest.mark.slow
+def test_recipe_for_big_batches(home: Path) -> None:
+    (recipe,) = _blocks("yaml")
+    (home / "mine.yaml").write_text(recipe, encoding="utf-8")
+    smaller = ["batch.global_batch=64", "batch.micro_batch=16", "augment.image_size=32"]
+    text = _run(["-m", "bigsimclr", "check", "mine.yaml", *smaller], home)
+    assert "update cached" in text
+    assert "126 for every view" in text
+
+
+@pytest.mark.slow
+def test_python(tmp_path: Path) -> None:
+    (program,) = _blocks("python")
+    text = _run(["-c", f"{program}\nprint(features.dtype, list(features.shape))"], tmp_path)
+    assert text.splitlines()[-1] == "torch.float32 [8, 128]"

@@ -1,0 +1,245 @@
+"""The command line as a user meets it: output, exit codes, no tracebacks, no torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from bigsimclr.cli import app
+from tests.recipe.bad_recipes import BAD_RECIPES, BadRecipe
+from tests.recipe.samples import FINETUNE, PIPELINE, PRETRAIN
+
+SPAWNED = ("two documents", "alias bomb", "too deep", "octal", "unknown key", "UTF-16")
+
+
+def _name(bad: BadRecipe) -> str:
+    return bad[0]
+
+
+def _spawn(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bigsimclr", *words], capture_output=True, text=True, check=False
+    )
+
+
+def _invoke(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+def _recipe(folder: Path, text: str = PRETRAIN) -> str:
+    file = folder / "mine.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD_RECIPES if bad[0] in SPAWNED], ids=_name)
+def test_bad_recipe_in_a_process_of_its_own(bad: BadRecipe, tmp_path: Path) -> None:
+    _, text, line, fragment = bad
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    ended = _spawn("check", str(file))
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith(f"bigsimclr: error: {file}:{line}: ")
+    assert fragment in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("bad", BAD_RECIPES[::3], ids=_name)
+def test_bad_recipe_is_not_run(bad: BadRecipe, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(bad[1] if isinstance(bad[1], bytes) else bad[1].encode())
+    result = _invoke("run", str(file), "--out", str(tmp_path / "run"))
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"bigsimclr: error: {file}:{bad[2]}: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["recipes", "ls"],
+        ["check", "digits"],
+        ["check", "digits/1_pretrain"],
+        ["explain", "loss.temperature"],
+        ["schema"],
+    ],
+    ids=" ".join,
+)
+def test_light_commands_load_nothing_heavy(words: list[str]) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "bigsimclr", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert "bigsimclr.cli" in imported
+    heavy = ("torch", "sklearn", "scipy", "matplotlib", "pandas", "PIL", "rich", "jinja2")
+    assert not imported & set(heavy)
+
+
+def test_check_prints_the_resolved_recipe_and_the_plan(tmp_path: Path) -> None:
+    result = _invoke("check", _recipe(tmp_path), "schedule.epochs=2")
+    assert result.exit_code == 0
+    assert "schedule: {epochs: 2.0, steps: null, warmup_epochs: 0.0}" in result.stdout
+    assert "1,437 training images, 360 held out" in result.stdout
+
+
+def test_check_as_json_for_several_ranks(tmp_path: Path) -> None:
+    result = _invoke("check", _recipe(tmp_path), "--json", "--world-size", "4")
+    (facts,) = json.loads(result.stdout)
+    assert facts["stage"] == "pretrain"
+    assert facts["recipe"]["loss"]["temperature"] == 0.1
+    assert "4 ranks" in facts["plan"]["batch"]
+
+
+def test_check_without_the_data(tmp_path: Path) -> None:
+    result = _invoke("check", _recipe(tmp_path, FINETUNE), f"data.root={tmp_path / 'none'}")
+    assert result.exit_code == 0
+    assert "steps are not known" in result.stdout
+
+
+def test_check_of_a_pipeline_counts_labelled_images(tmp_path: Path) -> None:
+    digits = FINETUNE.replace("{kind: folder, root: images}", "{kind: digits}")
+    (tmp_path / "one.yaml").write_text(PRETRAIN)
+    (tmp_path / "two.yaml").write_text(digits)
+    result = _invoke("check", _recipe(tmp_path, PIPELINE))
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [
+        "pretrain",
+        "finetune/per_class=1",
+        "finetune/per_class=2",
+    ]
+    assert "20 training images" in lines[2]
+
+
+def test_check_of_a_batch_that_ranks_cannot_share(tmp_path: Path) -> None:
+    result = _invoke("check", _recipe(tmp_path), "--world-size", "3")
+    assert result.exit_code == 2
+    assert "64 is not a multiple of 3 ranks" in result.stderr
+
+
+def test_recipes_ls_and_cat() -> None:
+    listed = _invoke("recipes", "ls")
+    assert any(line.startswith("digits/1_pretrain ") for line in listed.stdout.splitlines())
+    shown = _invoke("recipes", "cat", "digits")
+    assert "stage: pipeline" in shown.stdout
+
+
+def test_recipes_cp_never_overwrites(tmp_path: Path) -> None:
+    file = tmp_path / "copy.yaml"
+    assert _invoke("recipes", "cp", "digits/1_pretrain", str(file)).exit_code == 0
+    copied = file.read_text()
+    again = _invoke("recipes", "cp", "digits", str(file))
+    assert again.exit_code == 7
+    assert again.stderr == f"bigsimclr: error: {file} exists already; choose another name\n"
+    assert file.read_text() == copied
+    assert _invoke("check", str(file)).exit_code == 0
+
+
+def test_explain() -> None:
+    assert "default 0.1" in _invoke("explain", "loss.temperature").stdout
+    wrong = _invoke("explain", "loss.temperatur")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert wrong.stderr.endswith("did you mean 'loss.temperature'?\n")
+    assert _invoke("explain").exit_code == 2
+    assert _invoke("explain", "--all", "--markdown").stdout.startswith("# Recipe keys\n")
+
+
+def test_schema_is_json() -> None:
+    assert "$defs" in json.loads(_invoke("schema").stdout)
+
+
+def test_data_split_writes_a_list_once(tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    words = ["data", "split", _recipe(tmp_path), "--per-class", "2", "--out", str(file)]
+    result = _invoke(*words)
+    assert result.exit_code == 0, result.stderr
+    names = file.read_text().splitlines()
+    assert len(set(names)) == 20
+    assert "20 of 1437 images, sha256 " in result.stdout
+    assert _invoke(*words).exit_code == 7
+    more = tmp_path / "more.txt"
+    _invoke("data", "split", _recipe(tmp_path), "--per-class", "5", "-o", str(more))
+    assert set(names) < set(more.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--per-class", "1", "--percent", "1"], ["--percent", "0"]], ids=str
+)
+def test_data_split_needs_one_amount(words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    result = _invoke("data", "split", _recipe(tmp_path), *words, "-o", str(file))
+    assert result.exit_code == 2
+    assert not file.exists()
+
+
+def test_usage_errors_exit_with_2() -> None:
+    for words in (["nonsense"], ["run"], ["check", "digits", "--world-size", "0"], ["--nonsense"]):
+        ended = _invoke(*words)
+        assert ended.exit_code == 2, words
+        assert "Traceback" not in ended.stderr
+
+
+def test_version_and_module() -> None:
+    ended = _spawn("--version")
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("bigsimclr 0.")
+
+
+def test_debug_shows_the_traceback_wherever_it_stands() -> None:
+    plain, first, last = (
+        _spawn("check", "nosuch"),
+        _spawn("--debug", "check", "nosuch"),
+        _spawn("check", "nosuch", "--debug"),
+    )
+    assert [ended.returncode for ended in (plain, first, last)] == [2, 2, 2]
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in first.stderr
+    assert "Traceback" in last.stderr
+    assert last.stderr.endswith(plain.stderr)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        ("KeyError('x')", 1, "error: unexpected KeyError: 'x'; run again with --debug"),
+        ("KeyboardInterrupt()", 130, "interrupted"),
+        ("errors.Stopped('saved')", 75, "stopped: saved"),
+        ("errors.DataError('x')", 3, "error: x"),
+        ("errors.CheckpointError('x')", 4, "error: x"),
+        ("errors.NumericsError('x')", 5, "error: x"),
+        ("errors.SecurityError('x')", 8, "error: x"),
+    ],
+)
+def test_exit_codes(raised: str, code: int, line: str) -> None:
+    program = f"""
+import sys
+import bigsimclr.recipe
+from bigsimclr import errors
+from bigsimclr.cli import main
+def fail(name):
+    raise {raised}
+bigsimclr.recipe.find_recipe = fail
+sys.argv[1:] = ["recipes", "cat", "x"]
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.stderr == f"bigsimclr: {line}\n"
+
+
+def test_report_of_nothing(tmp_path: Path) -> None:
+    result = _invoke("report", str(tmp_path / "none"))
+    assert result.exit_code == 7
+    assert result.stderr.startswith("bigsimclr: error: ")
