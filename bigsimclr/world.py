@@ -41,7 +41,9 @@ def join_world(
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     if cpu_threads is not None:
         torch.set_num_threads(cpu_threads)
-    torch.use_deterministic_algorithms(deterministic)
+    # The call imports the compiler, four seconds of it, so it is made only to change something.
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
     if chosen == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
     logger.info("device: %s", chosen)

@@ -30,6 +30,8 @@ from bigsimclr.recipe.yaml_tree import (
     show,
 )
 
+MAX_LINES = 50  # mistakes that are spelled out
+
 Overrides = Mapping[str, object] | Sequence[str]
 """Dotted keys with values, or `key=value` texts whose values are read as YAML."""
 
@@ -291,7 +293,10 @@ def _put(node: Node, part: str, value: Node, problems: list[Problem]) -> bool:
 
 def _report(problems: Sequence[Problem]) -> str:
     in_order = sorted(problems, key=lambda problem: problem.line)
-    lines = list(dict.fromkeys(f"{p.origin}: {p.text}" for p in in_order))
-    if len(lines) > 1:
-        lines.append(f"{len(lines)} errors, nothing was started.")
-    return "\n".join(lines)
+    lines = list(dict.fromkeys(show(f"{p.origin}: {p.text}", 1000) for p in in_order))
+    if len(lines) == 1:
+        return lines[0]
+    shown = lines[:MAX_LINES]
+    if len(lines) > MAX_LINES:
+        shown.append(f"and {len(lines) - MAX_LINES} more")
+    return "\n".join([*shown, f"{len(lines)} errors, nothing was started."])

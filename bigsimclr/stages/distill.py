@@ -12,6 +12,7 @@ from torch import Tensor
 from bigsimclr.data.loader import Batch
 from bigsimclr.engine import Losses, MakeViews
 from bigsimclr.engine.loop import Trained
+from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import RecipeError
 from bigsimclr.losses.classify import cross_entropy, distillation
 from bigsimclr.models import Architecture, build_model
@@ -71,7 +72,7 @@ class Distillation:
 
 
 def distill(
-    recipe: DistillRecipe, *, world: World, run: RunDirectory, progress: Progress
+    recipe: DistillRecipe, *, world: World, run: RunDirectory, progress: Progress, stop: StopRequest
 ) -> tuple[Trained, Task]:
     """Distil a teacher into a student of the same or another architecture."""
     teacher = load_parent(recipe.parent, needs="the teacher")
@@ -103,5 +104,7 @@ def distill(
         evaluate=lambda: held_out_accuracy(model, inputs),
         evaluate_every=None,
     )
-    trained = run_training(recipe, task, world=world, run=run, progress=progress, title="distill")
+    trained = run_training(
+        recipe, task, world=world, run=run, progress=progress, stop=stop, title="distill"
+    )
     return trained, task

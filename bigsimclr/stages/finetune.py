@@ -13,6 +13,7 @@ from torch import Tensor
 from bigsimclr.data.loader import Batch
 from bigsimclr.engine import Losses, MakeViews
 from bigsimclr.engine.loop import Trained
+from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import RecipeError
 from bigsimclr.losses.classify import cross_entropy
 from bigsimclr.models import Architecture, build_model
@@ -72,7 +73,7 @@ class Classification:
 
 
 def train_with_labels(
-    recipe: LabelRecipe, *, world: World, run: RunDirectory, progress: Progress
+    recipe: LabelRecipe, *, world: World, run: RunDirectory, progress: Progress, stop: StopRequest
 ) -> tuple[Trained, Task]:
     """Train a classifier: on frozen features, fine-tuned, or from scratch."""
     inputs = open_inputs(
@@ -104,7 +105,7 @@ def train_with_labels(
         evaluate_every=None,
     )
     trained = run_training(
-        recipe, task, world=world, run=run, progress=progress, title=recipe.stage
+        recipe, task, world=world, run=run, progress=progress, stop=stop, title=recipe.stage
     )
     return trained, task
 

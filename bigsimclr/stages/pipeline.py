@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from bigsimclr.engine.stop import StopRequest
+from bigsimclr.errors import Stopped
 from bigsimclr.recipe.pipeline import PlannedRun
 from bigsimclr.recipe.schema import PipelineRecipe
 from bigsimclr.report.progress import Progress
@@ -11,7 +13,13 @@ from bigsimclr.stages.single import run_stage
 
 
 def run_pipeline(
-    recipe: PipelineRecipe, runs: list[PlannedRun], directory: Path, *, progress: Progress
+    recipe: PipelineRecipe,
+    runs: list[PlannedRun],
+    directory: Path,
+    *,
+    command: str | None,
+    progress: Progress,
+    stop: StopRequest,
 ) -> None:
     """Run a pipeline to its end; finished runs are skipped.
 
@@ -24,6 +32,7 @@ def run_pipeline(
         directory / "pipeline.json",
         {
             "name": directory.name,
+            "command": command,
             "steps": [
                 {
                     "name": step.name,
@@ -40,4 +49,8 @@ def run_pipeline(
     )
     for number, run in enumerate(runs, start=1):
         progress.note(f"[{number}/{len(runs)}] {run.path}")
-        run_stage(run.recipe, directory / run.path, progress=progress)
+        run_stage(run.recipe, directory / run.path, progress=progress, stop=stop)
+        if stop.received is not None:
+            raise Stopped(
+                f"stopping on {stop.received} after {run.path}; the same command continues"
+            )

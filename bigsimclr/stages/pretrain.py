@@ -13,9 +13,9 @@ from bigsimclr.data.loader import Batch
 from bigsimclr.engine import Losses, MakeViews
 from bigsimclr.engine.loop import Trained
 from bigsimclr.engine.momentum import AveragedCopy, Queue
+from bigsimclr.engine.stop import StopRequest
 from bigsimclr.losses import ContrastiveLoss, build_loss
 from bigsimclr.losses.classify import cross_entropy
-from bigsimclr.losses.nt_xent import contrastive_metrics
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import Outputs, SimCLR
 from bigsimclr.recipe.schema import PretrainRecipe, QueueSection
@@ -37,14 +37,12 @@ class Contrast:
         model: SimCLR,
         loss: ContrastiveLoss,
         *,
-        temperature: float,
         width: int,  # of the projections
         queue: QueueSection | None,
         device: torch.device,
     ) -> None:
         self.model = model.to(device).train()
         self._loss = loss
-        self._temperature = temperature
         self._width = width
         self._averaged = None if queue is None else AveragedCopy(model, queue.ema_decay)
         self._queue = None if queue is None else Queue(queue.length, width, device=device)
@@ -63,7 +61,7 @@ class Contrast:
         projections, logits = rows[:, : self._width].contiguous(), rows[:, self._width :]
         first, second = projections.chunk(2)
         total = self._loss(first, second, queue=None if self._queue is None else self._queue.filled)
-        seen = contrastive_metrics(first.detach(), second.detach(), temperature=self._temperature)
+        seen = self._loss.metrics(first.detach(), second.detach())
         metrics = {
             "train/contrastive_accuracy": seen.accuracy,
             "train/contrastive_entropy": seen.entropy,
@@ -109,7 +107,12 @@ def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def pretrain(
-    recipe: PretrainRecipe, *, world: World, run: RunDirectory, progress: Progress
+    recipe: PretrainRecipe,
+    *,
+    world: World,
+    run: RunDirectory,
+    progress: Progress,
+    stop: StopRequest,
 ) -> tuple[Trained, Task]:
     """Pretrain a network."""
     inputs = open_inputs(recipe, labels=None, walk="all", directory=Path(), device=world.device)
@@ -127,7 +130,6 @@ def pretrain(
         objective=Contrast(
             model,
             build_loss(recipe.loss),
-            temperature=recipe.loss.temperature,
             width=recipe.head.output_width,
             queue=recipe.loss.queue,
             device=world.device,
@@ -144,5 +146,7 @@ def pretrain(
         ),
         evaluate_every=None if every is None else max(1, round(every * plan.steps_per_epoch)),
     )
-    trained = run_training(recipe, task, world=world, run=run, progress=progress, title="pretrain")
+    trained = run_training(
+        recipe, task, world=world, run=run, progress=progress, stop=stop, title="pretrain"
+    )
     return trained, task

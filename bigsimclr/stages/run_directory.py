@@ -55,6 +55,13 @@ def write_json(path: Path, value: object) -> None:
     temporary.replace(path)
 
 
+def add_command(directory: Path, command: str) -> None:
+    """Record the command line that repeats a run, beside its environment."""
+    path = directory / "environment.json"
+    known = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**known, "command": command})
+
+
 def environment() -> dict[str, object]:
     """Describe the software and the machine, for the report and for reproduction."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

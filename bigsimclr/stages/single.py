@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bigsimclr.engine.lock import hold_run
 from bigsimclr.engine.loop import Trained
+from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import RecipeError
 from bigsimclr.recipe import load_recipe
 from bigsimclr.recipe.schema import (
@@ -45,8 +46,16 @@ ENCODER = {
 }
 
 
-def run_stage(recipe: AnyStage, directory: Path, *, progress: Progress) -> Result:
+def run_stage(
+    recipe: AnyStage, directory: Path, *, progress: Progress, stop: StopRequest
+) -> Result:
     """Run a stage to its end; a finished one is read, an interrupted one continued.
+
+    Args:
+        recipe: the stage.
+        directory: the run directory; made if it is missing.
+        progress: where progress is shown.
+        stop: set by a signal.
 
     Raises:
         Stopped: a signal asked for it; the state is saved.
@@ -64,7 +73,7 @@ def run_stage(recipe: AnyStage, directory: Path, *, progress: Progress) -> Resul
         )
         if isinstance(recipe, KnnRecipe):
             return _neighbours(recipe, world, run, progress)
-        trained, task = _train(recipe, world, run, progress)
+        trained, task = _train(recipe, world, run, progress, stop)
         return _conclude(recipe, run, trained, task, progress)
 
 
@@ -73,14 +82,15 @@ def _train(
     world: World,
     run: RunDirectory,
     progress: Progress,
+    stop: StopRequest,
 ) -> tuple[Trained, Task]:
     match recipe:
         case PretrainRecipe():
-            return pretrain(recipe, world=world, run=run, progress=progress)
+            return pretrain(recipe, world=world, run=run, progress=progress, stop=stop)
         case DistillRecipe():
-            return distill(recipe, world=world, run=run, progress=progress)
+            return distill(recipe, world=world, run=run, progress=progress, stop=stop)
         case LinearRecipe() | FinetuneRecipe() | SupervisedRecipe():
-            return train_with_labels(recipe, world=world, run=run, progress=progress)
+            return train_with_labels(recipe, world=world, run=run, progress=progress, stop=stop)
 
 
 def _neighbours(recipe: KnnRecipe, world: World, run: RunDirectory, progress: Progress) -> Result:

@@ -61,6 +61,7 @@ def run_training(
     world: World,
     run: RunDirectory,
     progress: Progress,
+    stop: StopRequest,
     title: str,
 ) -> Trained:
     """Train a stage to its end, continuing from the newest checkpoint if there is one.
@@ -91,16 +92,14 @@ def run_training(
         progress.update(step, both)
 
     try:
-        with StopRequest() as stop:
-            trained = train(
-                _assemble(recipe, task, plan, strategy, optimizer, run),
-                resume=resume,
-                stop=stop,
-                report=report,
-            )
+        return train(
+            _assemble(recipe, task, plan, strategy, optimizer, run),
+            resume=resume,
+            stop=stop,
+            report=report,
+        )
     finally:
         records.close()
-    return trained
 
 
 def _optimizer_maker(recipe: AnyTraining, plan: Plan) -> MakeOptimizer:

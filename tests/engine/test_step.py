@@ -13,12 +13,12 @@ from bigsimclr.augment.draws import draw_views
 from bigsimclr.data.loader import Batch
 from bigsimclr.engine import Objective
 from bigsimclr.engine.step import compute_gradients
-from bigsimclr.losses.nt_xent import nt_xent
+from bigsimclr.losses import build_loss
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.norm import BatchNorm
 from bigsimclr.models.simclr import SimCLR
 from bigsimclr.parallel.single import Single
-from bigsimclr.recipe.schema import HeadSection, QueueSection, ResNetBackbone
+from bigsimclr.recipe.schema import HeadSection, NtXentLoss, QueueSection, ResNetBackbone
 from bigsimclr.stages.distill import Distillation
 from bigsimclr.stages.finetune import Classification
 from bigsimclr.stages.pretrain import Contrast
@@ -83,8 +83,7 @@ def contrast(*, queue: bool = False, probe: bool = True) -> Contrast:
     model = network(classes=CLASSES if probe else None, statistics=False, probe=True)
     objective = Contrast(
         model,
-        partial(nt_xent, temperature=0.2),
-        temperature=0.2,
+        build_loss(NtXentLoss(temperature=0.2)),
         width=16,
         queue=QueueSection(length=16, ema_decay=0.9) if queue else None,
         device=torch.device("cpu"),

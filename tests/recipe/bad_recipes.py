@@ -336,6 +336,12 @@ RULES: list[BadRecipe] = [
         "two steps are named 'pretrain'",
     ),
     (
+        "line break in a parent",
+        _with("parent: pretrain", r'parent: "a\nb"', PIPELINE),
+        1,
+        r"no earlier step is named 'a\nb'",
+    ),
+    (
         "unknown parent",
         _with("parent: pretrain", "parent: pretrian", PIPELINE),
         1,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from bigsimclr.errors import RecipeError
 from bigsimclr.recipe import load_recipe, parse_recipe
@@ -51,12 +51,21 @@ def test_all_mistakes_at_once_in_order_of_lines() -> None:
     assert lines[-1] == "4 errors, nothing was started."
 
 
+def test_thousands_of_mistakes_are_not_all_spelled_out() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(PRETRAIN + "".join(f"k{n}: {n}\n" for n in range(1000)))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 52
+    assert lines[-2:] == ["and 950 more", "1000 errors, nothing was started."]
+
+
 def test_value_that_is_broken_already_is_not_reported_twice() -> None:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(PRETRAIN.replace("epochs: 3", "epochs: .nan"), name="r.yaml")
     assert str(caught.value) == "r.yaml:6: .nan is not a finite number; text would need quotes"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80) | st.text(alphabet="ab:{}[]-?!&*#|>'\"%@, \n01.e~<", max_size=60))
 def test_any_text_is_read_or_refused(text: str) -> None:
     with pytest.raises(RecipeError) as caught:
@@ -64,6 +73,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     assert all(line.startswith("r.yaml:") for line in str(caught.value).splitlines()[:1])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_any_line_added_to_a_recipe_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, tail: bytes

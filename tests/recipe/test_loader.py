@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from bigsimclr.errors import RecipeError
 from bigsimclr.recipe import (
@@ -121,6 +121,7 @@ def test_every_shipped_recipe_reads_back_equal(name: str) -> None:
 _PRINTABLE = st.text(st.characters(codec="ascii", min_codepoint=32, max_codepoint=126), max_size=30)
 
 
+@settings(deadline=None)
 @given(
     _PRINTABLE
     | st.sampled_from(["1e5", "no", "010", "~", "null", "12:30", "é", "a: b", "#", "=", "<<"])
@@ -134,6 +135,7 @@ def test_any_text_reads_back_equal(text: str) -> None:
     assert parse_recipe(recipe_text(recipe)) == recipe
 
 
+@settings(deadline=None)
 @given(st.floats(min_value=1e-300, max_value=1e300))
 def test_any_float_reads_back_equal(value: float) -> None:
     recipe = _pretrain(loss__temperature=value)

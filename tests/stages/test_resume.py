@@ -11,12 +11,19 @@ import pytest
 import torch
 
 from bigsimclr.engine.checkpoint import newest_checkpoint
+from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import CheckpointError, DataError, Stopped
+from bigsimclr.recipe.schema import AnyStage
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.single import run_stage
 from tests.stages import tiny
 
 QUEUE = ("loss.queue.length=48", "loss.queue.ema_decay=0.9")
+
+
+def _run(recipe: AnyStage, directory: Path, progress: Progress) -> None:
+    with StopRequest() as stop:
+        run_stage(recipe, directory, progress=progress, stop=stop)
 
 
 class StopAfter(Progress):
@@ -62,11 +69,7 @@ def test_stopped_and_continued_equals_uninterrupted(
     keys = ("log.every_steps=1", *overrides)
     tiny.run(tiny.PRETRAIN, tmp_path / "whole", *keys)
     with pytest.raises(Stopped, match=number.name) as stopped:
-        run_stage(
-            tiny.recipe_of(tiny.PRETRAIN, *keys),
-            tmp_path / "parts",
-            progress=StopAfter(3, number),
-        )
+        _run(tiny.recipe_of(tiny.PRETRAIN, *keys), tmp_path / "parts", StopAfter(3, number))
     assert stopped.value.exit_code == 75
     assert (tmp_path / "parts" / "checkpoints" / f"{3 * 32:012}").is_dir()
     tiny.run(tiny.PRETRAIN, tmp_path / "parts", *keys)
@@ -82,10 +85,10 @@ def test_damaged_checkpoints_are_named_and_skipped(
 ) -> None:
     tiny.run(tiny.PRETRAIN, tmp_path / "whole", "log.every_steps=1")
     with pytest.raises(Stopped):
-        run_stage(
+        _run(
             tiny.recipe_of(tiny.PRETRAIN, "log.every_steps=1"),
             tmp_path / "parts",
-            progress=StopAfter(4, signal.SIGTERM),
+            StopAfter(4, signal.SIGTERM),
         )
     newest = tmp_path / "parts" / "checkpoints" / f"{4 * 32:012}"
     model = newest / "model.safetensors"
@@ -102,10 +105,10 @@ def test_damaged_checkpoints_are_named_and_skipped(
 
 def test_no_intact_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        run_stage(
+        _run(
             tiny.recipe_of(tiny.PRETRAIN, "log.every_steps=1"),
             tmp_path / "a",
-            progress=StopAfter(2, signal.SIGTERM),
+            StopAfter(2, signal.SIGTERM),
         )
     for file in (tmp_path / "a" / "checkpoints").glob("*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
@@ -122,11 +125,7 @@ def test_changed_images_are_refused(tmp_path: Path) -> None:
         "log.every_steps=1",
     )
     with pytest.raises(Stopped):
-        run_stage(
-            tiny.recipe_of(tiny.PRETRAIN, *keys),
-            tmp_path / "a",
-            progress=StopAfter(2, signal.SIGTERM),
-        )
+        _run(tiny.recipe_of(tiny.PRETRAIN, *keys), tmp_path / "a", StopAfter(2, signal.SIGTERM))
     images[3, 2, 1, 0] ^= 255
     np.savez(tmp_path / "x.npz", images=images)
     with pytest.raises(DataError, match="not those the run began with"):

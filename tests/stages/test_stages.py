@@ -175,7 +175,7 @@ def test_a_layer_beyond_the_head_is_refused(tmp_path: Path, parent: Path) -> Non
 
 
 def test_pretraining_needs_a_full_batch(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="batch.global_batch=1024"):
+    with pytest.raises(RecipeError, match=r"batch\.global_batch=1024"):
         tiny.run(tiny.PRETRAIN, tmp_path / "a", "batch.global_batch=2048")
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bigsimclr.engine.stop import StopRequest
 from bigsimclr.recipe import parse_recipe
 from bigsimclr.recipe.schema import AnyStage, PipelineRecipe
 from bigsimclr.report.progress import show_progress
@@ -39,4 +40,10 @@ def recipe_of(text: str, *overrides: str) -> AnyStage:
 
 
 def run(text: str, directory: Path, *overrides: str) -> Result:
-    return run_stage(recipe_of(text, *overrides), directory, progress=show_progress(enabled=False))
+    with StopRequest() as stop:
+        return run_stage(
+            recipe_of(text, *overrides),
+            directory,
+            progress=show_progress(enabled=False),
+            stop=stop,
+        )
