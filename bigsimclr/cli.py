@@ -1,6 +1,7 @@
 """The command `bigsimclr`: each command a few lines; nothing heavy is imported before its use."""
 
 import json
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -146,6 +147,7 @@ def run(
         show=not quiet,
         source=source,
         overrides=parse_overrides(changes) if is_pipeline(source) else None,
+        command=shlex.join(["bigsimclr", "run", recipe, *changes]),
     )
 
 
@@ -214,7 +216,7 @@ def _walked(recipe: "AnyStage", examples: int) -> int:
 def _labelled(recipe: "LinearRecipe | FinetuneRecipe | SupervisedRecipe", examples: int) -> int:
     from bigsimclr.data import build_data
     from bigsimclr.data.subsets import read_list
-    from bigsimclr.recipe.schema import DigitsData
+    from bigsimclr.recipe.sections import DigitsData
 
     labels = recipe.labels
     if labels.list is not None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from bigsimclr.recipe.schema import CropFlip, Distort
+from bigsimclr.recipe.sections import CropFlip, Distort
 
 __all__ = ["ViewSettings", "view_settings"]
 

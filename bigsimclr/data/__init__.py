@@ -6,13 +6,7 @@ Importing this package never imports torch, so that `bigsimclr check` can count 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self, assert_never, runtime_checkable
 
-from bigsimclr.recipe.schema import (
-    ArraysData,
-    DataSection,
-    DigitsData,
-    FolderData,
-    ParquetData,
-)
+from bigsimclr.recipe.sections import ArraysData, DataSection, DigitsData, FolderData, ParquetData
 
 if TYPE_CHECKING:
     import numpy as np

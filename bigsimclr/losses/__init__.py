@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bigsimclr.losses.classify import cross_entropy, distillation
 from bigsimclr.losses.nt_xent import ContrastiveMetrics, NtXent, contrastive_metrics
-from bigsimclr.recipe.schema import NtXentLoss
+from bigsimclr.recipe.sections import NtXentLoss
 
 __all__ = [
     "ContrastiveLoss",

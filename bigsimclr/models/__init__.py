@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from pydantic import ConfigDict, TypeAdapter
 
-from bigsimclr.recipe.schema import HeadSection, ResNetBackbone
+from bigsimclr.recipe.sections import HeadSection, ResNetBackbone
 
 if TYPE_CHECKING:
     import torch

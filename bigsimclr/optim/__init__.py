@@ -12,7 +12,7 @@ from bigsimclr.errors import CheckpointError
 from bigsimclr.optim.adamw import TensorFlowAdamW
 from bigsimclr.optim.lars import LARS
 from bigsimclr.optim.schedule import warmup_cosine
-from bigsimclr.recipe.schema import AdamW, Lars, OptimizerSection, Sgd
+from bigsimclr.recipe.sections import AdamW, Lars, OptimizerSection, Sgd
 
 __all__ = [
     "LARS",

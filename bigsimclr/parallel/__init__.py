@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from bigsimclr.models.simclr import SimCLR
-    from bigsimclr.recipe.schema import SingleProcess
+    from bigsimclr.recipe.sections import SingleProcess
     from bigsimclr.world import World
 
 MakeOptimizer = Callable[["SimCLR"], Optimizer]

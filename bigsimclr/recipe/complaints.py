@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from bigsimclr.recipe.keys import STAGES, did_you_mean, dotted_keys, kind_of, nearest, sections_in
-from bigsimclr.recipe.schema import Section
+from bigsimclr.recipe.sections import Section
 from bigsimclr.recipe.yaml_tree import Node, Problem, show
 
 _WANTED = {

@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 
 from bigsimclr.errors import RecipeError
 from bigsimclr.recipe.keys import STAGES, did_you_mean, kind_of, sections_in
-from bigsimclr.recipe.schema import Recipe, Section
+from bigsimclr.recipe.schema import Recipe
+from bigsimclr.recipe.sections import Section
 from bigsimclr.recipe.yaml_tree import show
 
 _TYPES = {

@@ -5,7 +5,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import get_args
 
-from bigsimclr.recipe.schema import Recipe, Section
+from bigsimclr.recipe.schema import Recipe
+from bigsimclr.recipe.sections import Section
 
 STAGES: dict[str, type[Section]] = {
     get_args(recipe.model_fields["stage"].annotation)[0]: recipe for recipe in get_args(Recipe)

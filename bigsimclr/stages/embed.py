@@ -17,7 +17,7 @@ from bigsimclr.data import Source, build_data
 from bigsimclr.data.loader import evaluation_batches
 from bigsimclr.errors import CheckpointError, DataError, RecipeError
 from bigsimclr.models.simclr import SimCLR
-from bigsimclr.recipe.schema import CropFlip, FolderData
+from bigsimclr.recipe.sections import CropFlip, FolderData
 from bigsimclr.stages.evaluate import hidden, inference
 from bigsimclr.stages.load import Loaded, load_run
 from bigsimclr.world import join_world

@@ -15,7 +15,8 @@ from bigsimclr.data import Source, build_data
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches
 from bigsimclr.data.subsets import read_list, select_labels, subset_hash, write_list
 from bigsimclr.errors import DataError
-from bigsimclr.recipe.schema import AnyStage, AnyTraining, LabelsSection
+from bigsimclr.recipe.schema import AnyStage, AnyTraining
+from bigsimclr.recipe.sections import LabelsSection
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from bigsimclr.losses import ContrastiveLoss, build_loss
 from bigsimclr.losses.classify import cross_entropy
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import Outputs, SimCLR
-from bigsimclr.recipe.schema import PretrainRecipe, QueueSection
+from bigsimclr.recipe.schema import PretrainRecipe
+from bigsimclr.recipe.sections import QueueSection
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.evaluate import neighbour_accuracy
 from bigsimclr.stages.inputs import open_inputs

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 
 from bigsimclr.augment import ViewSettings, view_settings
 from bigsimclr.augment.draws import Draws, centre_boxes, centre_draws, draw_views
-from bigsimclr.recipe.schema import CropFlip, Distort
+from bigsimclr.recipe.sections import CropFlip, Distort
 
 SETTINGS = ViewSettings(
     image_size=32,

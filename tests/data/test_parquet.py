@@ -14,7 +14,7 @@ from bigsimclr.data import build_data, count_examples
 from bigsimclr.data.decode import decode
 from bigsimclr.data.parquet import open_parquet
 from bigsimclr.errors import DataError
-from bigsimclr.recipe.schema import ParquetData
+from bigsimclr.recipe.sections import ParquetData
 from tests.data.conftest import Encode
 
 NAMES = ["cat", "dog", "owl"]

@@ -18,7 +18,7 @@ from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.norm import BatchNorm
 from bigsimclr.models.simclr import SimCLR
 from bigsimclr.parallel.single import Single
-from bigsimclr.recipe.schema import HeadSection, NtXentLoss, QueueSection, ResNetBackbone
+from bigsimclr.recipe.sections import HeadSection, NtXentLoss, QueueSection, ResNetBackbone
 from bigsimclr.stages.distill import Distillation
 from bigsimclr.stages.finetune import Classification
 from bigsimclr.stages.pretrain import Contrast

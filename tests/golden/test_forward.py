@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import SimCLR
-from bigsimclr.recipe.schema import HeadSection, ResNetBackbone
+from bigsimclr.recipe.sections import HeadSection, ResNetBackbone
 from tests.golden.paths import golden_dir
 from tests.golden.tf_bundle import read_bundle
 from tests.golden.tf_names import load_official, official_names

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from bigsimclr.optim import LARS, build_optimizer, optimizer_state, set_learning_rate
 from bigsimclr.optim.schedule import warmup_cosine
 from bigsimclr.recipe.plan import scaled_rate, total_steps, warmup_steps
-from bigsimclr.recipe.schema import AdamW, Sgd
+from bigsimclr.recipe.sections import AdamW, Sgd
 from tests.golden.paths import golden_dir
 
 FOLDER = golden_dir() / "optim"

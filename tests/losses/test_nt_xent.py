@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from bigsimclr.losses import build_loss
 from bigsimclr.losses.nt_xent import contrastive_metrics, nt_xent
-from bigsimclr.recipe.schema import NtXentLoss
+from bigsimclr.recipe.sections import NtXentLoss
 
 
 def reference(first, second, *, temperature, queue=None, normalise=True):

@@ -10,7 +10,7 @@ from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.norm import BatchNorm
 from bigsimclr.models.resnet import DEPTHS, ResNet, SameMaxPool, ShortcutPool
 from bigsimclr.models.selective import SelectiveKernel
-from bigsimclr.recipe.schema import ResNetBackbone
+from bigsimclr.recipe.sections import ResNetBackbone
 
 # Depth, width, selective kernels, millions of parameters: Table 1 of arXiv 2006.10029.
 PUBLISHED = [

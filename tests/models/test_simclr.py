@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import SimCLR, parameter_kind
-from bigsimclr.recipe.schema import HeadSection, ResNetBackbone
+from bigsimclr.recipe.sections import HeadSection, ResNetBackbone
 
 SMALL = ResNetBackbone(depth=10, width=1 / 16, stem="cifar")
 

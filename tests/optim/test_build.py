@@ -11,7 +11,7 @@ from bigsimclr.optim import (
     optimizer_state,
     set_learning_rate,
 )
-from bigsimclr.recipe.schema import AdamW, Lars, Sgd
+from bigsimclr.recipe.sections import AdamW, Lars, Sgd
 
 KINDS = {
     "conv.weight": "kernel",

@@ -15,14 +15,13 @@ from bigsimclr.recipe import (
     recipe_text,
     save_recipe,
 )
-from bigsimclr.recipe.schema import (
+from bigsimclr.recipe.schema import FinetuneRecipe, PretrainRecipe
+from bigsimclr.recipe.sections import (
     ArraysData,
     DigitsData,
-    FinetuneRecipe,
     FolderData,
     Lars,
     NtXentLoss,
-    PretrainRecipe,
     QueueSection,
 )
 from bigsimclr.recipe.yaml_tree import plain_scalar
