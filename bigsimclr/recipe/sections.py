@@ -350,6 +350,7 @@ class ProbeSection(Section):
     linear: bool = True
     """Train a linear classifier behind a stop-gradient on both views (official tf2/model.py)."""
     knn_every_epochs: PositiveFloat | None = None
-    """Epochs between nearest-neighbour evaluations on the held-out images; null: none."""
+    """Epochs between nearest-neighbour evaluations on the held-out images, with one more at the
+    end of a run that is at least as long; null: none."""
     neighbours: PositiveInt = 20
     """Neighbours that vote, weighted by exp(cosine / 0.1)."""

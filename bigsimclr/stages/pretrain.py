@@ -127,6 +127,19 @@ def pretrain(
     model = build_model(architecture, seed=recipe.seed, probe=True)
     plan = plan_of(recipe, inputs, world)
     every = recipe.probe.knn_every_epochs
+    interval = None if every is None else max(1, round(every * plan.steps_per_epoch))
+
+    def evaluate() -> Mapping[str, float]:
+        if interval is None or interval > plan.steps:
+            return {}
+        return neighbour_accuracy(
+            model,
+            inputs,
+            neighbours=recipe.probe.neighbours,
+            from_layer=0,
+            batch_size=min(plan.micro_batch * 2, 1024),
+        )
+
     task = Task(
         objective=Contrast(
             model,
@@ -138,14 +151,8 @@ def pretrain(
         architecture=architecture,
         inputs=inputs,
         views=2,
-        evaluate=lambda: neighbour_accuracy(
-            model,
-            inputs,
-            neighbours=recipe.probe.neighbours,
-            from_layer=0,
-            batch_size=min(plan.micro_batch * 2, 1024),
-        ),
-        evaluate_every=None if every is None else max(1, round(every * plan.steps_per_epoch)),
+        evaluate=evaluate,
+        evaluate_every=interval,
     )
     trained = run_training(
         recipe, task, world=world, run=run, progress=progress, stop=stop, title="pretrain"

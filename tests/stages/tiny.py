@@ -24,7 +24,10 @@ log: {every_steps: 2}
 BACKBONE = "backbone: {depth: 10, width: 0.0625, stem: cifar}\n"
 PRETRAIN = (
     "stage: pretrain\naugment: {image_size: 8, colour_strength: 0.5, blur_probability: 0.0}\n"
-    "head: {layers: 3, output_width: 16}\n" + BACKBONE + COMMON + TRAINING
+    "head: {layers: 3, output_width: 16}\nprobe: {knn_every_epochs: 0.1}\n"
+    + BACKBONE
+    + COMMON
+    + TRAINING
 )
 KNN = "stage: knn\n" + CROP + COMMON
 LINEAR = "stage: linear\n" + CROP + COMMON + TRAINING
