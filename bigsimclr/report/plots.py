@@ -188,7 +188,8 @@ def series_svg(
             axes.set_ylim(bottom=0.0)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if axes.get_xlim()[1] >= 1000:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_formatter(
             FuncFormatter(lambda value, _: f"{value:g}%" if scale == "percent" else f"{value:g}")
         )

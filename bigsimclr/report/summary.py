@@ -108,8 +108,8 @@ class Row:
     labels: Labels
     runs: tuple[Run, ...]  # finished ones, in the order of the values
     expected: int  # runs that were planned
-    begun: bool  # whether any of them left something behind
-    spread: Spread | None  # None: not run yet
+    state: str  # "finished", "begun" or "waiting", of the runs together
+    spread: Spread | None  # None: nothing measured
     protocol: Mapping[str, Json]  # of one run; equal in all but draw and seed
     draws: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -210,7 +210,7 @@ def _rows_of(run_set: RunSet, step: Step, setting: str, runs: list[Run]) -> list
             labels=labels,
             runs=tuple(run for run, _ in pairs),
             expected=len(runs),
-            begun=True,
+            state="finished",
             spread=Spread(tuple(value for _, value in pairs)),
             protocol=pairs[0][0].protocol,
             draws=_distinct(labels_of(run_set, run).draw for run, _ in pairs),
@@ -218,6 +218,12 @@ def _rows_of(run_set: RunSet, step: Step, setting: str, runs: list[Run]) -> list
         )
         for (measure, _), pairs in found.items()
     ]
+
+
+def _state(runs: Sequence[Run]) -> str:
+    if runs and all(run.result is not None for run in runs):
+        return "finished"
+    return "begun" if any(run.started for run in runs) else "waiting"
 
 
 def _unmeasured(step: Step, setting: str, labels: Labels, runs: Sequence[Run]) -> Row:
@@ -228,7 +234,7 @@ def _unmeasured(step: Step, setting: str, labels: Labels, runs: Sequence[Run]) -
         labels=labels,
         runs=(),
         expected=len(runs),
-        begun=any(run.started for run in runs),
+        state=_state(runs),
         spread=None,
         protocol={},
         draws=(),

@@ -130,7 +130,8 @@ def result_line(row: Row) -> ResultLine:
 
 def _progress(row: Row) -> str:
     if row.spread is None:
-        return "not finished yet" if row.begun else "not run yet"
+        unmeasured = {"finished": "none measured", "begun": "not finished yet"}
+        return unmeasured.get(row.state, "not run yet")
     return "" if len(row.runs) == row.expected else f"{len(row.runs)} of {row.expected} runs"
 
 
