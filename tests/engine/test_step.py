@@ -23,7 +23,7 @@ from bigsimclr.stages.distill import Distillation
 from bigsimclr.stages.finetune import Classification
 from bigsimclr.stages.pretrain import Contrast
 
-IMAGES, SIZE, CLASSES = 12, 8, 3
+IMAGES, SIZE, CLASSES = 14, 8, 3  # 14 images make exactly 2, 3 and 7 pieces
 BACKBONE = ResNetBackbone(depth=10, width=1 / 16, stem="cifar")
 SETTINGS = ViewSettings(
     image_size=SIZE,
@@ -99,11 +99,13 @@ def gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     objective = make()
     strategy = Single(torch.device("cpu"), precision="fp32")
+    micro_batch = -(-IMAGES // pieces)
+    assert len(batch_of(views).split(micro_batch)) == pieces
     losses = compute_gradients(
         objective,
         batch_of(views),
         how=how,
-        micro_batch=-(-IMAGES // pieces),
+        micro_batch=micro_batch,
         make_views=partial(views64, views=views),
         strategy=strategy,
     )
