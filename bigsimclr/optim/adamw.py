@@ -39,6 +39,11 @@ class TensorFlowAdamW(AdamW):
     ) -> None:
         super().__init__(params, lr=learning_rate, betas=betas, eps=epsilon)
         self.epsilon = epsilon
+        # One pass over memory on a CPU; on a GPU it would move the update count there, and reading
+        # that below would wait for the device.
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters())
+        for group in self.param_groups:
+            group["fused"] = on_cpu
         for parameter in self._parameters():
             self.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32),
@@ -57,7 +62,7 @@ class TensorFlowAdamW(AdamW):
         """Update every parameter that has a gradient; see `torch.optim.AdamW.step`."""
         for group in self.param_groups:
             # All parameters of a run are updated together, so any of them tells the update.
-            update = 1.0 + max(float(self.state[p]["step"]) for p in group["params"])
+            update = 1.0 + float(self.state[group["params"][0]]["step"])
             group["eps"] = self.epsilon / math.sqrt(1.0 - group["betas"][1] ** update)
         loss: float | None = super().step(closure)
         return loss
