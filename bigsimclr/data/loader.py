@@ -6,9 +6,12 @@ changes which images come, in what order, or how they are drawn.
 Shapes: B images of this rank in one step; V views; H = W pixels of a view.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import logging
 import math
+import resource
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,6 +38,8 @@ Integers = NDArray[np.int64]
 # often limit to 64 MiB, and several are on their way at a time.
 _CHUNK_IMAGES = 64
 _CHUNK_BYTES = 8 << 20
+_OPEN_FILES = 65_536
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
@@ -280,7 +285,16 @@ def _steps(
         yield [next(chunks) for _ in range(per_step)]
 
 
+def _allow_open_files() -> None:
+    # Every chunk that waits in shared memory is an open file; the usual 1,024 end a big batch.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard or hard == resource.RLIM_INFINITY:
+        most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def _from_workers(reader: ChunkReader, workers: int, ahead: int) -> Iterator[Chunk]:
+    _allow_open_files()
     with warnings.catch_warnings():
         # The recipe says how many workers; more than cores is right where the disk is slow.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -320,6 +334,9 @@ def _as_it_is(chunk: object) -> object:
 
 def _start_worker(number: int) -> None:  # noqa: ARG001 - the DataLoader's signature
     torch.set_num_threads(1)
+    # When the training process is killed, its workers would wait for ever to hand over their work.
+    with contextlib.suppress(OSError, AttributeError):  # no such call but on Linux
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     # A stop request goes to the whole process group; the training process needs its batches until
     # it has saved, and ends the workers itself.
     for request in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):

@@ -1,6 +1,9 @@
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -277,3 +280,45 @@ def test_large_batches_travel_in_chunks(tmp_path: Path, png: Encode) -> None:
     assert batch.pixels.shape == (2, 30, 3, 224, 224)
     expected = (batch.indices.float() / 255)[None, :, None, None, None].expand_as(batch.pixels)
     torch.testing.assert_close(batch.pixels, expected, rtol=0, atol=1e-6)
+
+
+def test_workers_die_with_a_killed_training_process(tmp_path: Path, png: Encode) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(8):
+        pixels = np.full((9, 9, 3), 20 * number, dtype=np.uint8)
+        (folder / f"{number}.png").write_bytes(png(pixels))
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import multiprocessing, numpy as np, os, signal\n"
+        "from bigsimclr.augment import ViewSettings\n"
+        "from pathlib import Path\n"
+        "from bigsimclr.data.folder import training_folder\n"
+        "from bigsimclr.data.loader import Loader\n"
+        f"source = training_folder(Path({str(folder)!r}), '.', labelled=False)\n"
+        "settings = ViewSettings(image_size=8, crop_area=(0.5, 1.0), flip_probability=0.5)\n"
+        "loader = Loader(source, indices=np.arange(len(source)), labels=source.labels,\n"
+        "    settings=settings, views=2, seed=0, global_batch=64, workers=2)\n"
+        "batches = loader.batches(0, 1000)\n"
+        "next(batches)\n"
+        "print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True
+    ) as killed:
+        assert killed.stdout is not None
+        workers = [int(word) for word in killed.stdout.readline().split()]
+        assert killed.wait() == -signal.SIGKILL
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_alive(pid) for pid in workers)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
