@@ -73,6 +73,7 @@ class Splits:
 
     train: Source
     held_out: Source | None  # never trained on; None when there are none
+    held_out_keys: str = ""  # the recipe's keys that hold them out, for messages
 
 
 def build_data(section: DataSection) -> Splits:
@@ -82,6 +83,8 @@ def build_data(section: DataSection) -> Splits:
         DataError: there are no images, or they do not fit the section.
         MissingExtraError: parquet files, and pyarrow is not installed.
     """
+    from bigsimclr.data.places import expanded
+
     match section:
         case DigitsData():
             from bigsimclr.data.arrays import digits
@@ -90,22 +93,24 @@ def build_data(section: DataSection) -> Splits:
         case ArraysData():
             from bigsimclr.data.arrays import load_arrays
 
-            return _split(load_arrays(section.root), section)
+            return _split(load_arrays(expanded(section.root, "data.root")), section)
         case FolderData():
             from bigsimclr.data.folder import held_out_folder, training_folder
 
-            images = training_folder(section.root, section.train, labelled=section.labelled)
+            root = expanded(section.root, "data.root")
+            images = training_folder(root, section.train, labelled=section.labelled)
             if section.held_out is None:
                 return _split(images, section)
-            return Splits(images, held_out_folder(images, section.root, section.held_out))
+            return Splits(images, held_out_folder(images, root, section.held_out), "data.held_out")
         case ParquetData():
             from bigsimclr.data.parquet import open_parquet
 
-            rows = open_parquet(section.root, section.train)
+            root = expanded(section.root, "data.root")
+            rows = open_parquet(root, section.train)
             if section.held_out is None:
                 return _split(rows, section)
-            apart = open_parquet(section.root, section.held_out, classes=rows.classes)
-            return Splits(rows, apart)
+            apart = open_parquet(root, section.held_out, classes=rows.classes, key="data.held_out")
+            return Splits(rows, apart, "data.held_out")
         case _:
             assert_never(section)
 
@@ -117,6 +122,7 @@ def count_examples(section: DataSection) -> tuple[int, int]:
         DataError: there are no images, or they do not fit the section.
         MissingExtraError: parquet files, and pyarrow is not installed.
     """
+    from bigsimclr.data.places import expanded
     from bigsimclr.data.subsets import held_out_count
 
     apart = None
@@ -128,19 +134,21 @@ def count_examples(section: DataSection) -> tuple[int, int]:
         case ArraysData():
             from bigsimclr.data.arrays import count_arrays
 
-            images = count_arrays(section.root)
+            images = count_arrays(expanded(section.root, "data.root"))
         case FolderData():
             from bigsimclr.data.folder import count_folder
 
-            images = count_folder(section.root, section.train)
+            root = expanded(section.root, "data.root")
+            images = count_folder(root, section.train, labelled=section.labelled)
             if section.held_out is not None:
-                apart = count_folder(section.root, section.held_out)
+                apart = count_folder(root, section.held_out, labelled=False, key="data.held_out")
         case ParquetData():
             from bigsimclr.data.parquet import count_parquet
 
-            images = count_parquet(section.root, section.train)
+            root = expanded(section.root, "data.root")
+            images = count_parquet(root, section.train)
             if section.held_out is not None:
-                apart = count_parquet(section.root, section.held_out)
+                apart = count_parquet(root, section.held_out, key="data.held_out")
         case _:
             assert_never(section)
     if apart is None:
@@ -159,4 +167,8 @@ def _split(
     train, apart = split_held_out(
         source.labels, fraction=section.held_out_fraction, seed=section.split_seed
     )
-    return Splits(source.take(train), source.take(apart) if len(apart) else None)
+    return Splits(
+        source.take(train),
+        source.take(apart) if len(apart) else None,
+        "data.held_out_fraction, data.split_seed",
+    )

@@ -1,17 +1,33 @@
 """Images that are all the same size and held in memory: NumPy files and the bundled digits."""
 
+import math
 import zipfile
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from bigsimclr.data import Sample
-from bigsimclr.data.names import fingerprint, printable
+from bigsimclr.data.names import fingerprint, printable, some
+from bigsimclr.data.places import require_file
 from bigsimclr.errors import DataError
 
 DIGITS = 1797  # images that scikit-learn carries; known without loading it
+
+_KEY: Final = "data.root"
+# What reading a broken archive raises: RuntimeError where it is encrypted or compressed unusually.
+_DAMAGE: Final = (
+    ValueError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class ArraySource:
@@ -92,69 +108,129 @@ def load_arrays(path: Path) -> ArraySource:
     Raises:
         DataError: the file is missing, damaged, or holds something else.
     """
-    shown = printable(str(path))
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile) or "images" not in archive:
-                raise DataError(f"{shown} must be a .npz file with an array `images`")
-            images = archive["images"]
-            labels = archive.get("labels")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{shown} cannot be read as a .npz file: {error}") from error
-    _check_images(images.shape, images.dtype, shown)
+    has_labels = _checked(path).has_labels
+    images = _array(path, "images")
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=3)
-    checked = _checked_labels(labels, len(images), shown)
-    top = -1 if checked is None else int(checked.max())
+    # Any negative number says "no label".
+    labels = np.maximum(_array(path, "labels").astype(np.int64), -1) if has_labels else None
+    top = -1 if labels is None else int(labels.max())
     return ArraySource(
-        np.ascontiguousarray(images),
-        checked,
+        np.ascontiguousarray(images, np.uint8),
+        labels,
         classes=tuple(str(number) for number in range(top + 1)),
         prefix=path.stem,
     )
 
 
 def count_arrays(path: Path) -> int:
-    """Count the images of a .npz file from its header alone.
+    """Count the images of a .npz file from its headers alone.
 
     Raises:
         DataError: the file is missing, damaged, or holds something else.
     """
-    shown = printable(str(path))
+    return _checked(path).images
+
+
+@dataclass(frozen=True)
+class _Contents:
+    images: int
+    has_labels: bool
+
+
+@dataclass(frozen=True)
+class _Header:
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def _checked(path: Path) -> _Contents:
+    """Check the file's headers; no array is read."""
+    require_file(
+        path,
+        _KEY,
+        hint="data.kind=folder reads folders of images",
+        missing_hint="give the .npz file with data.root=FILE",
+    )
+    shown = f"{_KEY}: {printable(str(path))}"
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("images.npy") as member:
+        with zipfile.ZipFile(path) as archive:
+            held = [name.removesuffix(".npy") for name in archive.namelist()]
+    except OSError as error:
+        raise _out_of_reach(path, error) from error
+    except _DAMAGE as error:
+        raise DataError(
+            f"{shown} is not a .npz file; write one with numpy.savez(FILE, images=..., labels=...)"
+        ) from error
+    if "images" not in held:
+        raise DataError(
+            f"{shown} has no array `images`; it holds {some(held) if held else 'nothing'}"
+        )
+    images = _header(path, "images")
+    is_grey = len(images.shape) == 3
+    is_colour = len(images.shape) == 4 and images.shape[3] == 3
+    if images.dtype != np.uint8 or not (is_grey or is_colour) or 0 in images.shape:
+        raise DataError(
+            f"{shown}: `images` is {images};"
+            " it must be uint8 [N,H,W,3] or [N,H,W] with at least one image"
+        )
+    count = images.shape[0]
+    if "labels" not in held:
+        return _Contents(count, has_labels=False)
+    labels = _header(path, "labels")
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        raise DataError(
+            f"{shown}: `labels` is {labels}; it must be whole numbers [{count}], one for each image"
+        )
+    return _Contents(count, has_labels=True)
+
+
+def _header(path: Path, name: str) -> _Header:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
             version = np.lib.format.read_magic(member)
             read_header = {
                 (1, 0): np.lib.format.read_array_header_1_0,
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, _, dtype = read_header(member)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            size, start = archive.getinfo(f"{name}.npy").file_size, member.tell()
+    except OSError as error:
+        raise _out_of_reach(path, error) from error
+    except _DAMAGE as error:
+        raise _damaged(path, name) from error
+    if dtype.hasobject:
         raise DataError(
-            f"{shown} cannot be read as a .npz file with an array `images`: {error}"
-        ) from error
-    _check_images(shape, dtype, shown)
-    return int(shape[0])
-
-
-def _check_images(shape: tuple[int, ...], dtype: np.dtype[np.generic], shown: str) -> None:
-    is_grey, is_colour = len(shape) == 3, len(shape) == 4 and shape[3] == 3
-    if dtype != np.uint8 or not (is_grey or is_colour) or 0 in shape:
-        raise DataError(
-            f"{shown}: `images` is {dtype} {list(shape)};"
-            " it must be uint8 [N,H,W,3] or [N,H,W] with at least one image"
+            f"{_KEY}: {printable(str(path))}: `{name}` holds pickled Python objects; they are never"
+            " read, as reading them could run code. Save plain numbers"
         )
+    # A header that promises more than the file holds would have memory set aside for nothing.
+    if size - start != math.prod(shape) * dtype.itemsize:
+        raise _damaged(path, name)
+    return _Header(shape, dtype)
 
 
-def _checked_labels(
-    labels: NDArray[np.generic] | None, count: int, shown: str
-) -> NDArray[np.int64] | None:
-    if labels is None:
-        return None
-    if labels.dtype.kind not in "iu" or labels.shape != (count,):
-        raise DataError(
-            f"{shown}: `labels` is {labels.dtype} {list(labels.shape)};"
-            f" it must be whole numbers [{count}], one for each image"
-        )
-    # Any negative number says "no label".
-    return np.maximum(labels.astype(np.int64), -1)
+def _array(path: Path, name: str) -> NDArray[np.generic]:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+            array: NDArray[np.generic] = np.lib.format.read_array(member, allow_pickle=False)
+            return array
+    except OSError as error:
+        raise _out_of_reach(path, error) from error
+    except _DAMAGE as error:
+        raise _damaged(path, name) from error
+
+
+def _damaged(path: Path, name: str) -> DataError:
+    return DataError(
+        f"{_KEY}: {printable(str(path))} is damaged: `{name}` cannot be read;"
+        " write the file again with numpy.savez"
+    )
+
+
+def _out_of_reach(path: Path, error: OSError) -> DataError:
+    return DataError(f"{_KEY}: {printable(str(path))}: {error.strerror or 'cannot be read'}")

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigsimclr.data import Sample
-from bigsimclr.data.names import NameTable, fingerprint, printable, some
+from bigsimclr.data.names import NameTable, counted, fingerprint, printable, some
+from bigsimclr.data.places import named, require_folder
 from bigsimclr.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -79,21 +80,24 @@ class FolderSource:
         )
 
 
-def training_folder(root: Path, folder: str, *, labelled: bool) -> FolderSource:
+def training_folder(
+    root: Path, folder: str, *, labelled: bool, root_key: str = "data.root"
+) -> FolderSource:
     """Open the training images below `root`/`folder`.
 
     Args:
         root: the data set's folder.
         folder: the training images' folder, relative to `root`.
         labelled: the first sub-folder names the class. Without sub-folders there are no labels.
+        root_key: the recipe's key that messages name for `root`; "" when it is not a recipe's.
 
     Raises:
-        DataError: there are no images, or some lie beside the class folders.
+        DataError: there are no images, some lie beside the class folders, or a class has none.
     """
-    path = root / folder
-    found = _scan(path)
-    classes = _class_names(found.names) if labelled else []
-    return _source(path, found, tuple(classes), _labels(found.names, classes, path))
+    path, key = _place(root, folder, root_key=root_key, key="data.train")
+    found = _scan(path, key)
+    classes = _class_names(found, path, key) if labelled else []
+    return _source(path, found, tuple(classes), _labels(found.names, classes, path, key))
 
 
 def held_out_folder(training: FolderSource, root: Path, folder: str) -> FolderSource:
@@ -103,26 +107,29 @@ def held_out_folder(training: FolderSource, root: Path, folder: str) -> FolderSo
         DataError: there are no images, a class is not among the training images, or the two
             folders overlap.
     """
-    path = root / folder
+    path, key = _place(root, folder, root_key="data.root", key="data.held_out")
     inner, outer = path.resolve(), training.root.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise DataError(
-            f"the held-out folder {printable(str(path))} and the training folder"
+            f"{key}: the held-out folder {printable(str(path))} and the training folder"
             f" {printable(str(training.root))} overlap: set data.train to a folder of its own"
         )
-    found = _scan(path)
-    return _source(
-        path, found, training.classes, _labels(found.names, list(training.classes), path)
-    )
+    found = _scan(path, key)
+    labels = _labels(found.names, list(training.classes), path, key)
+    return _source(path, found, training.classes, labels)
 
 
-def count_folder(root: Path, folder: str) -> int:
+def count_folder(root: Path, folder: str, *, labelled: bool, key: str = "data.train") -> int:
     """Count the images below `root`/`folder` without opening any.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none; where they are labelled, also as in `training_folder`.
     """
-    return len(_scan(root / folder).names)
+    path, key = _place(root, folder, root_key="data.root", key=key)
+    found = _scan(path, key)
+    if labelled:
+        _class_names(found, path, key)
+    return len(found.names)
 
 
 def read_regular(path: Path) -> bytes:
@@ -154,15 +161,29 @@ def _read_once(path: Path) -> bytes:
 class _Found:
     names: list[str]  # sorted by their bytes, the same order under every locale
     sizes: NDArray[np.int64]
+    folders: list[str]  # sub-folders of the first level, with or without images
 
 
-def _scan(path: Path) -> _Found:
-    if not path.is_dir():
-        raise DataError(f"{printable(str(path))} is not a folder")
+def _place(root: Path, folder: str, *, root_key: str, key: str) -> tuple[Path, str]:
+    """Return the folder of some images and the recipe's key that names it."""
+    hint = f"give the folder of the images with {root_key}=DIR" if root_key else ""
+    require_folder(root, root_key, hint=hint, missing_hint=hint)
+    path = root / folder
+    if path == root:
+        return path, root_key
+    inner = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    require_folder(
+        path, key, missing_hint=f"{printable(str(root))} holds {some(inner)}" if inner else ""
+    )
+    return path, key
+
+
+def _scan(path: Path, key: str) -> _Found:
     sizes: dict[str, int] = {}
     others: Counter[str] = Counter()
     irregular: list[str] = []
-    for entry, name in _walk(path):
+    folders: list[str] = []
+    for entry, name in _walk(path, folders):
         suffix = PurePosixPath(name).suffix.lower()
         if suffix not in SUFFIXES:
             others[suffix or "no suffix"] += 1
@@ -178,19 +199,24 @@ def _scan(path: Path) -> _Found:
             irregular.append(name)
     if irregular:
         logger.warning(
-            "%s: %d entries with names of images are left out, as they are not files: %s",
+            "%s: %s left out: %s",
             printable(str(path)),
-            len(irregular),
+            "1 entry has the name of an image, is not a file, and is"
+            if len(irregular) == 1
+            else f"{len(irregular)} entries have names of images, are not files, and are",
             some(sorted(irregular)),
         )
     if not sizes:
-        raise DataError(_nothing_found(path, others))
+        raise DataError(named(key) + _nothing_found(path, others))
     names = sorted(sizes, key=os.fsencode)
-    return _Found(names, np.array([sizes[name] for name in names], np.int64))
+    return _Found(names, np.array([sizes[name] for name in names], np.int64), folders)
 
 
-def _walk(root: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """Yield all files below a folder with their relative path; each folder is visited once."""
+def _walk(root: Path, folders: list[str]) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """Yield all files below a folder with their relative path; each folder is visited once.
+
+    The sub-folders of the first level are added to `folders`.
+    """
     status = root.stat()
     visited = {(status.st_dev, status.st_ino)}
     waiting = [("", str(root))]
@@ -198,7 +224,10 @@ def _walk(root: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
         prefix, folder = waiting.pop()
         try:
             with os.scandir(folder) as listing:
-                entries = sorted(listing, key=lambda entry: os.fsencode(entry.name))
+                # Folders before links to them, which are then found to be visited already.
+                entries = sorted(
+                    listing, key=lambda entry: (entry.is_symlink(), os.fsencode(entry.name))
+                )
         except OSError as error:
             raise DataError(f"{printable(folder)}: {error.strerror}") from error
         for entry in entries:
@@ -207,6 +236,8 @@ def _walk(root: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
             if not entry.is_dir():
                 yield entry, prefix + entry.name
                 continue
+            if not prefix:
+                folders.append(entry.name)
             # A link may lead back to a folder above: its device and number give it away.
             status = entry.stat()
             if (status.st_dev, status.st_ino) not in visited:
@@ -214,20 +245,31 @@ def _walk(root: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
                 waiting.append((f"{prefix}{entry.name}/", entry.path))
 
 
-def _class_names(names: list[str]) -> list[str]:
+def _class_names(found: _Found, path: Path, key: str) -> list[str]:
     """Take the first sub-folders as classes; a folder without sub-folders has none."""
-    beside = [name for name in names if "/" not in name]
-    if len(beside) == len(names):
+    place = f"{named(key)}{printable(str(path))}"
+    beside = [name for name in found.names if "/" not in name]
+    if len(beside) == len(found.names):
         return []
     if beside:
+        several = len(beside) > 1
         raise DataError(
-            f"{len(beside)} images lie beside the class folders: {some(beside)}; move them into a"
+            f"{place}: {counted(len(beside), 'image')} {'lie' if several else 'lies'} beside the"
+            f" class folders: {some(beside)}; move {'them' if several else 'it'} into a"
             " class folder, or set data.labelled=false"
         )
-    return sorted({name.split("/", 1)[0] for name in names}, key=os.fsencode)
+    classes = {name.split("/", 1)[0] for name in found.names}
+    empty = sorted(set(found.folders) - classes, key=os.fsencode)
+    if empty:
+        raise DataError(
+            f"{place}: {counted(len(empty), 'class folder')} without an image of"
+            f" {'their' if len(empty) > 1 else 'its'} own: {some(empty)}; put images there, or"
+            f" remove {'them' if len(empty) > 1 else 'it'}"
+        )
+    return sorted(classes, key=os.fsencode)
 
 
-def _labels(names: list[str], classes: list[str], path: Path) -> NDArray[np.int64]:
+def _labels(names: list[str], classes: list[str], path: Path, key: str) -> NDArray[np.int64]:
     if not classes:
         return np.full(len(names), -1, np.int64)
     numbers = {name: number for number, name in enumerate(classes)}
@@ -235,7 +277,8 @@ def _labels(names: list[str], classes: list[str], path: Path) -> NDArray[np.int6
     unknown = sorted(set(folders) - set(numbers))
     if unknown:
         raise DataError(
-            f"{printable(str(path))} has images of {len(unknown)} classes without training images:"
+            f"{named(key)}{printable(str(path))} has images of"
+            f" {counted(len(unknown), 'class', 'classes')} without training images:"
             f" {some([folder or '(no class folder)' for folder in unknown])}"
         )
     return np.array([numbers[folder] for folder in folders], np.int64)

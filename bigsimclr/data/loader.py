@@ -27,6 +27,7 @@ from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.draws import Draws, centre_draws, draw_views
 from bigsimclr.data import EqualImages, Source
 from bigsimclr.data.chunks import Chunk, ChunkReader, Reading
+from bigsimclr.data.names import counted
 from bigsimclr.data.order import Cut, Order
 from bigsimclr.errors import DataError
 
@@ -154,11 +155,11 @@ class Loader:
         ahead = self._prefetch_batches
         for chunks in _steps(self._reading, cut, steps=steps, workers=self._workers, ahead=ahead):
             for chunk in chunks:
-                self._limit.count(chunk, self.unreadable, "replaced by others")
+                self._limit.count(chunk, self.unreadable, self.unreadable, "replaced")
             batch = _joined(chunks)
             if batch is None or len(batch) < self._high - self._low:
                 raise DataError(
-                    f"no readable image was found; {self._limit.summary(self.unreadable)}"
+                    f"no readable image was found: {self._limit.summary(self.unreadable)}"
                 )
             yield batch
 
@@ -173,10 +174,13 @@ def evaluation_batches(
     prefetch_batches: int = 2,
     unreadable_limit: float = 0.001,  # share of the M images that may be left out
     max_pixels: int = 64_000_000,
+    unreadable: dict[str, str] | None = None,  # name -> reason; what is left out is added to it
 ) -> Iterator[Batch]:
     """Yield every image once with its centre crop (V = 1); the last batch may be short.
 
-    Images that cannot be read are left out and logged by name; `Batch.indices` says what was shown.
+    Images that cannot be read are left out and logged by name, unless `unreadable` names them
+    already; `Batch.indices` says what was shown. An `unreadable_limit` of 1 leaves out whatever
+    cannot be read, be it every image.
 
     Raises:
         DataError: more images than the limit cannot be read, or a worker process died.
@@ -203,10 +207,11 @@ def evaluation_batches(
         for number in range(steps):
             yield _gathered(source, reading, cut.step(number))
         return
-    limit, unreadable = _Limit(share=unreadable_limit, images=len(indices)), dict[str, str]()
+    limit, found = _Limit(share=unreadable_limit, images=len(indices)), dict[str, str]()
+    told = {} if unreadable is None else unreadable
     for chunks in _steps(reading, cut, steps=steps, workers=workers, ahead=prefetch_batches):
         for chunk in chunks:
-            limit.count(chunk, unreadable, "left out")
+            limit.count(chunk, found, told, "left out")
         batch = _joined(chunks)
         if batch is not None:
             yield batch
@@ -219,24 +224,42 @@ class _Limit:
     share: float
     images: int
 
-    def count(self, chunk: Chunk, unreadable: dict[str, str], consequence: str) -> None:
-        """Add what a chunk could not read, name it once, and stop above the limit."""
+    @property
+    def allowed(self) -> int:
+        # The small term keeps 0.1 x 30 images at 3, where floating point says 3.0000000000000004.
+        return math.ceil(self.share * self.images - 1e-9)
+
+    def count(
+        self, chunk: Chunk, found: dict[str, str], told: dict[str, str], consequence: str
+    ) -> None:
+        """Add what a chunk could not read, name it once, and stop above the limit.
+
+        Args:
+            chunk: what was read.
+            found: images that count against the limit, name -> reason.
+            told: images that were named before; may be `found` itself.
+            consequence: what happens to an image that cannot be read.
+        """
         if chunk.failure:
             raise DataError(chunk.failure)
         for name, reason in chunk.unreadable.items():
-            if name not in unreadable:
-                unreadable[name] = reason
-                logger.warning("%s cannot be read and is %s: %s", name, consequence, reason)
-        # The small term keeps 0.1 x 30 images at 3, where floating point says 3.0000000000000004.
-        if len(unreadable) > math.ceil(self.share * self.images - 1e-9):
-            raise DataError(self.summary(unreadable))
+            is_told = name in told
+            found[name] = told[name] = reason
+            # Beyond the limit nothing is replaced or left out any more: the run stops.
+            if not is_told and len(found) <= self.allowed:
+                most = f" ({len(found)} of at most {self.allowed})" if self.share < 1 else ""
+                logger.warning("%s cannot be read and is %s%s: %s", name, consequence, most, reason)
+        if len(found) > self.allowed:
+            raise DataError(
+                f"{self.summary(found)}. input.unreadable_limit={self.share:g} allows"
+                f" {self.allowed}: repair or remove them, or raise it"
+            )
 
-    def summary(self, unreadable: dict[str, str]) -> str:
-        name, reason = next(iter(unreadable.items()))
-        share = len(unreadable) / self.images
+    def summary(self, found: dict[str, str]) -> str:
+        name, reason = next(iter(found.items()))
         return (
-            f"{len(unreadable)} of {self.images} images ({share:.2%}) cannot be read,"
-            f" limit {self.share:.2%} (input.unreadable_limit). First: {name}: {reason}"
+            f"{len(found)} of {counted(self.images, 'image')} ({len(found) / self.images:.2%})"
+            f" cannot be read, first {name}: {reason}"
         )
 
 

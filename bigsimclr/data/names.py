@@ -41,6 +41,11 @@ def printable(name: str) -> str:
     )
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """Write a number with its noun: `1 image`, `2 images`; `many` where the plural is irregular."""
+    return f"{count} {one}" if count == 1 else f"{count} {many or one + 's'}"
+
+
 def some(names: Sequence[str], *, shown: int = 3) -> str:
     """Join the first few names for a message."""
     listed = ", ".join(printable(name) for name in names[:shown])

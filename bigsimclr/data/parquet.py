@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigsimclr.data import Sample
-from bigsimclr.data.names import NameTable, fingerprint, printable
+from bigsimclr.data.names import NameTable, fingerprint, printable, some
+from bigsimclr.data.places import require_folder
 from bigsimclr.errors import DataError, MissingExtraError
 
 try:
@@ -147,6 +148,7 @@ def open_parquet(
     pattern: str,
     *,
     classes: tuple[str, ...] | None = None,
+    key: str = "data.train",
     held_bytes: int = HELD_BYTES,
 ) -> ParquetSource:
     """Open parquet files, in the order of their names.
@@ -155,22 +157,23 @@ def open_parquet(
         root: the data set's folder.
         pattern: pattern of the files, relative to `root`.
         classes: class names of the training images; None reads them from the files.
+        key: the recipe's key that names `pattern`.
         held_bytes: most bytes of encoded images that are held in memory.
 
     Raises:
         DataError: no file matches, one is damaged or laid out otherwise, or a label is beyond the
             classes.
     """
-    paths = _matching(root, pattern)
+    paths = _matching(root, pattern, key)
     groups = [group for path in paths for group in _row_groups(path)]
     count = sum(group.rows for group in groups)
     if not count:
-        raise DataError(f"{printable(str(root))}/{pattern} holds 0 images")
+        raise DataError(f"{key}: {printable(f'{root}/{pattern}')} holds 0 images")
     labels = np.concatenate([_labels(path) for path in paths])
     named = _classes(paths[0], labels) if classes is None else classes
     if named and labels.max() >= len(named):
         raise DataError(
-            f"{printable(str(root))}/{pattern}: label {labels.max()} is beyond the"
+            f"{key}: {printable(f'{root}/{pattern}')}: label {labels.max()} is beyond the"
             f" {len(named)} classes of the training images"
         )
     return ParquetSource(
@@ -182,22 +185,32 @@ def open_parquet(
     )
 
 
-def count_parquet(root: Path, pattern: str) -> int:
+def count_parquet(root: Path, pattern: str, *, key: str = "data.train") -> int:
     """Count the images from the files' metadata.
 
     Raises:
         DataError: no file matches, or one is damaged.
     """
-    return sum(group.rows for path in _matching(root, pattern) for group in _row_groups(path))
+    return sum(group.rows for path in _matching(root, pattern, key) for group in _row_groups(path))
 
 
-def _matching(root: Path, pattern: str) -> list[Path]:
+def _matching(root: Path, pattern: str, key: str) -> list[Path]:
+    require_folder(
+        root,
+        "data.root",
+        hint=f"give its folder as data.root and its name as {key}",
+        missing_hint="give the folder of the parquet files with data.root=DIR",
+    )
     try:
         paths = sorted(path for path in root.glob(pattern) if path.is_file())
     except (ValueError, NotImplementedError) as error:
-        raise DataError(f"{pattern!r} is not a pattern relative to data.root: {error}") from error
+        raise DataError(f"{key}: {pattern!r} is not a pattern relative to data.root") from error
     if not paths:
-        raise DataError(f"{printable(str(root))} has no files {printable(pattern)}")
+        held = sorted(path.name for path in root.iterdir())
+        raise DataError(
+            f"{key}: {printable(str(root))} has no files {printable(pattern)}; it holds"
+            f" {some(held) if held else 'nothing'}"
+        )
     return paths
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigsimclr.data import Source
-from bigsimclr.data.names import printable, some
+from bigsimclr.data.names import counted, printable, some
+from bigsimclr.data.places import expanded, require_file
 from bigsimclr.errors import DataError
 from bigsimclr.randomness import Stream, shuffled
 
@@ -44,6 +45,9 @@ def select_labels(
     percent: float | None = None,
     names: Sequence[str] | None = None,
     draw: int = 0,
+    list_path: Path | None = None,
+    held_out: Source | None = None,
+    held_out_keys: str = "data.held_out_fraction, data.split_seed",
 ) -> Integers:
     """Choose the images that show their label.
 
@@ -58,13 +62,16 @@ def select_labels(
             official list), but at least one image of each class; or
         names: names such as `n01440764_10026.JPEG` or `n01440764/n01440764_10026.JPEG`.
         draw: number of the random draw; another number is another, independent choice.
+        list_path: file that `names` come from, for messages.
+        held_out: images that are not for training, for messages: what is missing may be there.
+        held_out_keys: the recipe's keys that hold them out, for messages.
 
     Returns:
         int64 indices, ascending.
 
     Raises:
         DataError: there are no labels, a class has fewer images than asked for, or a name is
-            unknown, stands for several images, or has no label.
+            unknown, held out, stands for several images, or has no label.
         ValueError: not exactly one of `per_class`, `percent` and `names` is given.
     """
     if [per_class, percent, names].count(None) != 2:
@@ -73,16 +80,20 @@ def select_labels(
     if not len(labelled):
         raise DataError("these images have no labels, and labels are asked for")
     if names is not None:
-        return _listed(source, names)
+        place = "labels.list" if list_path is None else f"labels.list: {printable(str(list_path))}"
+        return _listed(source, names, place, held_out, held_out_keys)
     shown = source.labels[labelled]
     ranked = _ranked(shown, draw, Stream.SUBSET)
     if per_class is not None:
         counts = np.bincount(shown, minlength=len(source.classes))
         if counts.min() < per_class:
             poorest = int(counts.argmin())
+            apart = 0 if held_out is None else int(np.sum(held_out.labels == poorest))
+            rest = f"; {apart} more {_are(apart)} held out ({held_out_keys})" if apart else ""
             raise DataError(
-                f"class {printable(source.classes[poorest])!r} has {counts[poorest]} images,"
-                f" {per_class} per class are asked for (labels.per_class)"
+                f"labels.per_class: class '{printable(source.classes[poorest])}' has"
+                f" {counted(int(counts[poorest]), 'training image')}, {per_class} per class"
+                f" {_are(per_class)} asked for{rest}"
             )
         return labelled[np.flatnonzero(ranked < per_class)]
     order = _in_proportion(ranked, shown, one_of_each_first=True)
@@ -104,16 +115,18 @@ def write_list(path: Path, names: Sequence[str]) -> None:
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
-def read_list(path: Path) -> list[str]:
+def read_list(path: Path, *, key: str = "labels.list") -> list[str]:
     """Read a list of image names, one per line; empty lines do not count.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read; the message names `key`.
     """
+    path = expanded(path, key)
+    require_file(path, key, missing_hint=f"give a list of image names with {key}=FILE")
     try:
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
-        raise DataError(f"{printable(str(path))}: {error.strerror}") from error
+        raise DataError(f"{key}: {printable(str(path))}: {error.strerror}") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
@@ -123,8 +136,34 @@ def subset_hash(names: Sequence[str]) -> str:
     return hashlib.sha256(text.encode("utf-8", errors="surrogateescape")).hexdigest()
 
 
-def _listed(source: Source, names: Sequence[str]) -> Integers:
+def _listed(
+    source: Source, names: Sequence[str], place: str, held_out: Source | None, held_out_keys: str
+) -> Integers:
     """Find images by their name, or by the file name at its end."""
+    if not names:
+        raise DataError(f"{place}: the list is empty")
+    found = _matches(source, names)
+    unknown = [name for name, indices in found.items() if not indices]
+    if unknown:
+        raise DataError(f"{place}: {_why_unknown(unknown, held_out, held_out_keys)}")
+    doubtful = [name for name, indices in found.items() if len(indices) > 1]
+    if doubtful:
+        raise DataError(
+            f"{place}: {counted(len(doubtful), 'listed name')}"
+            f" {'stands' if len(doubtful) == 1 else 'stand'} for several images: {some(doubtful)};"
+            f" write {'it with its' if len(doubtful) == 1 else 'them with their'} folder"
+        )
+    chosen = np.unique(np.array([indices[0] for indices in found.values()], np.int64))
+    bare = [source.name(int(index)) for index in chosen if source.labels[index] < 0]
+    if bare:
+        raise DataError(
+            f"{place}: {counted(len(bare), 'listed image')}"
+            f" {'has' if len(bare) == 1 else 'have'} no label: {some(bare)}"
+        )
+    return chosen
+
+
+def _matches(source: Source, names: Sequence[str]) -> dict[str, list[int]]:
     wanted = dict.fromkeys(names)
     matches: dict[str, list[int]] = {name: [] for name in wanted}
     full: dict[str, int] = {}
@@ -135,23 +174,24 @@ def _listed(source: Source, names: Sequence[str]) -> Integers:
             full[name] = index
         if file_name in matches:
             matches[file_name].append(index)
-    found = {name: [full[name]] if name in full else matches[name] for name in wanted}
-    unknown = [name for name, indices in found.items() if not indices]
-    if unknown:
-        raise DataError(f"{len(unknown)} listed names are not among the images: {some(unknown)}")
-    doubtful = [name for name, indices in found.items() if len(indices) > 1]
-    if doubtful:
-        raise DataError(
-            f"{len(doubtful)} listed names stand for several images: {some(doubtful)};"
-            " write them with their folder"
+    return {name: [full[name]] if name in full else matches[name] for name in wanted}
+
+
+def _why_unknown(unknown: list[str], held_out: Source | None, held_out_keys: str) -> str:
+    """Say why listed names are not among the training images."""
+    found = {} if held_out is None else _matches(held_out, unknown)
+    apart = [name for name in unknown if found.get(name)]
+    if apart:
+        return (
+            f"{counted(len(apart), 'listed image')} {_are(len(apart))} held out ({held_out_keys}):"
+            f" {some(apart)}; draw the list with the same data keys"
         )
-    chosen = np.unique(np.array([indices[0] for indices in found.values()], np.int64))
-    if not len(chosen):
-        raise DataError("the list of labelled images is empty")
-    bare = [source.name(int(index)) for index in chosen if source.labels[index] < 0]
-    if bare:
-        raise DataError(f"{len(bare)} listed images have no label: {some(bare)}")
-    return chosen
+    count = counted(len(unknown), "listed name")
+    return f"{count} {_are(len(unknown))} not among the images: {some(unknown)}"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _ranked(labels: Integers, seed: int, stream: Stream) -> Integers:

@@ -127,8 +127,8 @@ def train(run: Run, *, resume: Checkpoint | None, stop: StopRequest, report: Rep
             path = _save(run, progress)
         if stop.received is not None and not last:
             raise Stopped(
-                f"stopping on {stop.received}: checkpoint {path} is written; "
-                "the same command continues from it"
+                f"by {stop.received} at step {step} of {plan.steps}; checkpoint {path} is written "
+                "and the same command continues from it"
             )
     if path is None:
         raise AssertionError("a finished run has a checkpoint")

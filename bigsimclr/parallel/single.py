@@ -1,5 +1,6 @@
 """One process on one device: autocast, the fp16 loss scale, and the finite check."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -15,6 +16,21 @@ from bigsimclr.parallel import MakeOptimizer, Update
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class _Arriving:
+    """A number on its way from the GPU to the host."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = torch.empty((), dtype=number.dtype, pin_memory=True)
+        self._number.copy_(number, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def value(self) -> Tensor:
+        """Wait until it is there, which it is when another update has been queued."""
+        self._event.synchronize()
+        return self._number
+
+
 class Single:
     """The strategy of a single process."""
 
@@ -24,6 +40,7 @@ class Single:
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._optimizer: Optimizer | None = None
         self._parameters: list[torch.nn.Parameter] = []
+        self._earlier: _Arriving | None = None
 
     def prepare(self, model: SimCLR, make_optimizer: MakeOptimizer) -> Optimizer:
         """Move the model to the device and make its optimizer."""
@@ -54,6 +71,9 @@ class Single:
     def update(self) -> Update:
         """Step the optimizer if every gradient is finite.
 
+        On a GPU the host does not wait for the verdict on an update: it comes with the next one.
+        What it concerns never reaches a checkpoint, which refuses tensors that are not finite.
+
         Raises:
             NumericsError: a gradient is not finite and no fp16 loss scale explains it.
         """
@@ -62,13 +82,23 @@ class Single:
         self._scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        finite = bool(torch.isfinite(norm))
-        if not finite and not self._scaler.is_enabled():
-            raise NumericsError(f"the gradient norm is {norm.item()}")
+        skipped = self._scaler.is_enabled() and not bool(torch.isfinite(norm))
+        if not self._scaler.is_enabled():
+            self._refuse_non_finite(norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        return Update(gradient_norm=norm, skipped=not finite)
+        return Update(gradient_norm=norm, skipped=skipped)
+
+    def _refuse_non_finite(self, norm: Tensor) -> None:
+        judged = norm
+        if self._device.type == "cuda":
+            arrived, self._earlier = self._earlier, _Arriving(norm)
+            if arrived is None:
+                return
+            judged = arrived.value()
+        if not math.isfinite(judged.item()):
+            raise NumericsError(f"the gradient norm is {judged.item()}")
 
     def state(self) -> dict[str, float]:
         """Return the loss scale and its growth counter; empty without fp16."""

@@ -1,13 +1,21 @@
 """What pydantic found wrong, said plainly, at the place where it was written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from bigsimclr.recipe.keys import STAGES, did_you_mean, dotted_keys, kind_of, nearest, sections_in
+from bigsimclr.recipe.keys import (
+    STAGES,
+    did_you_mean,
+    dotted_keys,
+    kind_of,
+    nearest,
+    same_ending,
+    sections_in,
+)
 from bigsimclr.recipe.sections import Section
 from bigsimclr.recipe.yaml_tree import Node, Problem, show
 
@@ -47,7 +55,7 @@ def complaints_about(error: ValidationError, root: Node, recipe: type[Section]) 
         recipe: what it was validated as.
     """
     details = error.errors(include_url=False)
-    located = [(detail, _place(detail["loc"], root, recipe)) for detail in details]
+    located = [(detail, _blamed(detail, root, recipe)) for detail in details]
     failed = {place.key for _, place in located}
     problems: dict[str, Problem] = {}
     for detail, place in located:
@@ -58,13 +66,88 @@ def complaints_about(error: ValidationError, root: Node, recipe: type[Section]) 
         is_rule = detail["type"] == "value_error"
         if place.node.broken or is_echo or (is_rule and _holds_broken(place.node)):
             continue
-        text = _sentence(detail, place, recipe)
-        if place.key and place.node.origin != f"override {place.key}":
-            text = f"{show(place.key, 120)}: {text}"
+        problem = _one_too_many(place) if is_rule else None
+        if problem is None:
+            text = _sentence(detail, place, recipe)
+            if detail["type"] == "extra_forbidden":
+                problem = _stray(place, text, root)
+            else:
+                problem = problem_at(place.node, place.key, text, root)
         # A value that fits none of several types is one mistake, however many types there are.
-        same = place.key if place.is_choice else f"{place.key}: {text}"
-        problems.setdefault(same, Problem(place.node.origin, place.node.line, text))
+        same = place.key if place.is_choice else f"{place.key}: {problem.text}"
+        problems.setdefault(same, problem)
     return list(problems.values())
+
+
+def problem_at(node: Node, key: str, text: str, root: Node) -> Problem:
+    """Say what is wrong with a key, naming the key unless the place it was written at does.
+
+    Args:
+        node: what was written.
+        key: dotted.
+        text: what is wrong.
+        root: the tree, which knows the names of a pipeline's steps.
+    """
+    if key and not _names(node, key):
+        text = f"{_spelled(key, root)}: {text}"
+    return Problem(node.origin, node.line, text)
+
+
+def _names(node: Node, key: str) -> bool:
+    """Say whether the place where something was written ends in its key, as overrides do."""
+    return node.line == 0 and node.origin.endswith((f" {key}", f".{key}"))
+
+
+def _spelled(key: str, root: Node) -> str:
+    first, *rest = key.split(".")
+    steps = _below(root, "steps")
+    if first != "steps" or not rest or not rest[0].isdecimal() or steps is None:
+        return show(key, 120)
+    # People count steps from 1 and know them by name.
+    step = _below(steps, int(rest[0]))
+    name = None if step is None else _below(step, "name")
+    is_named = name is not None and isinstance(name.value, str) and rest[1:] != ["name"]
+    who = f"step '{show(str(name.value))}'" if name and is_named else f"step {int(rest[0]) + 1}"
+    return ": ".join([who, show(".".join(rest[1:]), 120)] if rest[1:] else [who])
+
+
+def _stray(place: _Place, text: str, root: Node) -> Problem:
+    """Place an unknown key; one on the way to an override's key is named by its word alone."""
+    if place.node.origin.startswith("override ") and not _names(place.node, place.key):
+        word = place.key.rpartition(".")[2]
+        if f".{place.key}." in f".{place.node.origin.removeprefix('override ')}":
+            text = f"unknown key '{show(word)}'{text.removeprefix('unknown key')}"
+            return Problem(place.node.origin, place.node.line, text)
+    return problem_at(place.node, place.key, text, root)
+
+
+def _one_too_many(place: _Place) -> Problem | None:
+    """Say how an override adds to keys of which the recipe has one; None when it does not."""
+    entries = place.node.value
+    choices = sections_in(place.annotation)
+    if len(choices) != 1 or not isinstance(entries, dict) or place.node.line == 0:
+        return None
+    one_of = [key for key in choices[0].one_of if key in entries]
+    added = [key for key in one_of if entries[key].line == 0]
+    if not added:
+        return None
+    node = entries[added[0]]
+    others = [key for key in one_of if key not in added and entries[key].value is not None]
+    if not others or node.value is None:
+        return Problem(node.origin, 0, f"give exactly one of {', '.join(choices[0].one_of)}")
+    remedy = "take it out there"
+    if node.origin.startswith("override "):
+        before = node.origin.removeprefix("override ").rpartition(".")[0]
+        remedy = f"add {before}.{others[0]}=null"
+    return Problem(node.origin, 0, f"the recipe sets {others[0]}; {remedy}")
+
+
+def _blamed(detail: ErrorDetails, root: Node, recipe: type[Section]) -> _Place:
+    place = _place(detail["loc"], root, recipe)
+    kind = _below(place.node, "kind")
+    if detail["type"] == "union_tag_invalid" and kind is not None:
+        return replace(place, key=f"{place.key}.kind", node=kind)
+    return place
 
 
 def _place(location: tuple[int | str, ...], root: Node, recipe: type[Section]) -> _Place:
@@ -77,6 +160,8 @@ def _place(location: tuple[int | str, ...], root: Node, recipe: type[Section]) -
     is_choice = False
     for part in location:
         choices = sections_in(annotation)
+        if get_origin(annotation) is tuple and _below(node, part) is None:
+            break  # a list with too few values: the list is to blame
         if get_origin(annotation) in (tuple, dict):
             section, kinds = None, ()
             annotation = get_args(annotation)[-1 if isinstance(part, str) else 0]
@@ -93,8 +178,6 @@ def _place(location: tuple[int | str, ...], root: Node, recipe: type[Section]) -
             is_choice = True
             break
         child = _below(node, part)
-        if child is None and isinstance(part, int):
-            break  # a list with too few values: the list is to blame
         keys.append(str(part))
         node = child if child is not None else node
     return _Place(".".join(keys), node, section, kinds, annotation, is_choice)
@@ -135,9 +218,11 @@ def _unfit_value(detail: ErrorDetails, place: _Place) -> str:
     if place.is_choice:
         return f"should be a number or text, not {_written(node)}"
     if kind in _WANTED:
-        is_path = Path in (place.annotation, *get_args(place.annotation))
+        is_path = _takes_path(place.annotation)
         wanted = "a path" if kind == "string_type" and is_path else _WANTED[kind]
         return f"should be {wanted}, not {_written(node)}{_hint(kind, node)}"
+    if kind == "string_pattern_mismatch":
+        return f"{_written(node)} is no name; use a to z, 0 to 9 and _, at most 32, a letter first"
     message = detail["msg"].removeprefix("Input ")
     for noise in ("Tuple ", "String ", " after validation"):
         message = message.replace(noise, "")
@@ -150,6 +235,10 @@ def _unfit_value(detail: ErrorDetails, place: _Place) -> str:
     return f"{message}, not {_written(node)}" + (f"; did you mean '{near}'?" if near else "")
 
 
+def _takes_path(annotation: object) -> bool:
+    return annotation is Path or any(map(_takes_path, get_args(annotation)))
+
+
 def _unknown_key(place: _Place, recipe: type[Section]) -> str:
     if place.section is None:
         return "unknown key"
@@ -160,9 +249,9 @@ def _unknown_key(place: _Place, recipe: type[Section]) -> str:
     others = [str(kind_of(kind)) for kind in place.kinds if word in kind.model_fields]
     if others:
         return f"unknown key for this kind; it belongs to {', '.join(others)}"
-    elsewhere = [key for key in dotted_keys(recipe) if key.split(".")[-1] == word]
+    elsewhere = same_ending(word, dotted_keys(recipe))
     if elsewhere:
-        return f"unknown key; did you mean '{elsewhere[0]}'?"
+        return f"unknown key; did you mean '{elsewhere}'?"
     stages = [stage for stage, other in STAGES.items() if word in other.model_fields]
     if place.section is recipe and stages:
         return f"unknown key for this stage; it belongs to {', '.join(stages)}"
@@ -170,8 +259,10 @@ def _unknown_key(place: _Place, recipe: type[Section]) -> str:
 
 
 def _missing(place: _Place) -> str:
+    if isinstance(place.node.value, list):
+        return f"should have {len(get_args(place.annotation))} values, not {len(place.node.value)}"
     if place.section is None:
-        return "too few values"
+        return "a value is missing"
     *_, word = place.key.split(".")
     field = place.section.model_fields[word]
     meaning = (field.description or "").split("\n")[0]
@@ -180,14 +271,13 @@ def _missing(place: _Place) -> str:
 
 def _wrong_kind(place: _Place) -> str:
     kinds = [kind for section in sections_in(place.annotation) if (kind := kind_of(section))]
-    written = _below(place.node, "kind")
-    if not isinstance(place.node.value, dict):
-        return f"should be a section with keys, not {_written(place.node)}"
-    if written is None:
+    if isinstance(place.node.value, dict) and "kind" not in place.node.value:
         return f"the required key kind is missing; choose from {', '.join(kinds)}"
-    if not isinstance(written.value, str):
-        return f"kind should be one of {', '.join(kinds)}, not {_written(written)}"
-    return f"no kind '{show(written.value)}'; {did_you_mean(written.value, kinds)}"
+    if not place.key.endswith(".kind"):
+        return f"should be a section with keys, not {_written(place.node)}"
+    if not isinstance(place.node.value, str):
+        return f"should be one of {', '.join(kinds)}, not {_written(place.node)}"
+    return f"no kind '{show(place.node.value)}'; {did_you_mean(place.node.value, kinds)}"
 
 
 def _literals(annotation: object) -> list[str]:

@@ -13,6 +13,19 @@ STAGES: dict[str, type[Section]] = {
 }
 """Every value of `stage` with the recipe it selects."""
 
+# Other words for keys and values, too unlike them to be found by their letters.
+_ALIASES = {
+    "batch_size": "global_batch",
+    "bs": "global_batch",
+    "gpu": "cuda",
+    "lr": "learning_rate",
+    "tau": "temperature",
+    "temp": "temperature",
+    "wd": "weight_decay",
+}
+# Below this, words of a few letters resemble anything: gpu and cpu, steps and stage.
+_LIKENESS = 0.7
+
 
 def sections_in(annotation: object) -> tuple[type[Section], ...]:
     """List the sections an annotation may hold, in the order they are declared."""
@@ -38,8 +51,23 @@ def dotted_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """Return the candidate that was probably meant, None when nothing comes close."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    found = difflib.get_close_matches(word.lower()[:100], by_lower, n=1, cutoff=0.6)
+    written = word.lower()[:100]
+    alias = _ALIASES.get(written)
+    if alias in by_lower and written not in by_lower:
+        return by_lower[alias]
+    found = difflib.get_close_matches(written, by_lower, n=1, cutoff=_LIKENESS)
     return by_lower[found[0]] if found else None
+
+
+def same_ending(key: str, candidates: Iterable[str]) -> str | None:
+    """Return the dotted key with the same last part, the likest where there are several."""
+    names = list(dict.fromkeys(candidates))
+    last = key.rpartition(".")[2]
+    for word in (last, _ALIASES.get(last.lower())):
+        same = [name for name in names if name.rpartition(".")[2] == word]
+        if same:
+            return max(same, key=lambda name: difflib.SequenceMatcher(None, key, name).ratio())
+    return None
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

@@ -13,15 +13,17 @@ import yaml
 from pydantic import ValidationError
 
 from bigsimclr.errors import RecipeError
-from bigsimclr.recipe.complaints import complaints_about
+from bigsimclr.recipe.complaints import complaints_about, problem_at
 from bigsimclr.recipe.keys import STAGES, did_you_mean
 from bigsimclr.recipe.names import find_recipe
 from bigsimclr.recipe.plan import rule_breaches
 from bigsimclr.recipe.schema import PipelineRecipe, Recipe
+from bigsimclr.recipe.steps import step_breaches
 from bigsimclr.recipe.yaml_tree import (
     MAX_BYTES,
     Node,
     Problem,
+    TreeReading,
     Value,
     decode,
     plain_scalar,
@@ -47,7 +49,32 @@ def load_recipe(source: str | Path, overrides: Overrides = ()) -> Recipe:
         RecipeError: the recipe cannot be used; one line per mistake, each with file and line.
     """
     path = find_recipe(source)
-    return parse_recipe(_read(path), name=str(path), overrides=overrides)
+    return parse_recipe(_text_of(path), name=str(path), overrides=overrides)
+
+
+def try_recipe(
+    path: Path, overrides: Sequence[tuple[str, Node]]
+) -> tuple[Recipe | None, list[str]]:
+    """Read a recipe file; return it, or None and a line for each mistake.
+
+    Args:
+        path: the file.
+        overrides: keys to replace or add; the nodes say where they were written.
+    """
+    try:
+        reading = read_tree(_text_of(path), str(path))
+    except RecipeError as error:
+        return None, [str(error)]
+    recipe = _checked(reading, overrides, problems := list(reading.problems))
+    return recipe, _lines(problems)
+
+
+def tree_of(source: Path) -> Node:
+    """Return what a recipe file holds, with lines; a file that cannot be read is an empty one."""
+    try:
+        return read_tree(_text_of(source), str(source)).root
+    except RecipeError:
+        return Node({}, str(source), 0)
 
 
 def is_pipeline(source: str | Path) -> bool:
@@ -72,12 +99,12 @@ def stage_of(source: str | Path) -> str | None:
         RecipeError: the file is no YAML.
     """
     path = find_recipe(source)
-    root = read_tree(_read(path), str(path)).root
+    root = read_tree(_text_of(path), str(path)).root
     stage = root.value.get("stage") if isinstance(root.value, dict) else None
     return stage.value if stage is not None and isinstance(stage.value, str) else None
 
 
-def _read(path: Path) -> str:
+def _text_of(path: Path) -> str:
     try:
         # One byte more than allowed says enough, even of an endless file.
         with path.open("rb") as file:
@@ -100,15 +127,27 @@ def parse_recipe(text: str, *, name: str = "recipe", overrides: Overrides = ()) 
     """
     reading = read_tree(text, name)
     problems = list(reading.problems)
-    if not isinstance(reading.root.value, dict):
-        origin = reading.root.origin
-        raise RecipeError(f"{origin}: a recipe is a list of 'key: value' lines; start with stage:")
-    for key, value in _override_nodes(overrides, problems):
-        _insert(reading.root, key, value, problems)
-    recipe = _validated(reading.root, problems)
-    if recipe is None or problems:
-        raise RecipeError(_report(problems))
+    nodes = _override_nodes(overrides, problems)
+    recipe = _checked(reading, nodes, problems)
+    if recipe is None:
+        raise refusal(_lines(problems))
     return recipe
+
+
+def _checked(
+    reading: TreeReading, overrides: Sequence[tuple[str, Node]], problems: list[Problem]
+) -> Recipe | None:
+    """Make the recipe, adding to the problems; None when there are any."""
+    root = reading.root
+    if not isinstance(root.value, dict):
+        what = "a list" if isinstance(root.value, list) else "a single value"
+        text = f"a recipe is made of 'key: value' lines, and this is {what}; start with stage:"
+        problems.append(Problem(root.origin, root.line, text))
+        return None
+    for key, value in overrides:
+        _insert(root, key, value, problems)
+    recipe = _validated(root, problems)
+    return None if problems else recipe
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -165,10 +204,9 @@ def _validated(root: Node, problems: list[Problem]) -> Recipe | None:
     except ValidationError as error:
         problems.extend(complaints_about(error, root, section))
         return None
-    if not isinstance(recipe, PipelineRecipe):
-        for key, message in rule_breaches(recipe):
-            node = _deepest(root, key)
-            problems.append(Problem(node.origin, node.line, f"{key}: {message}"))
+    is_chain = isinstance(recipe, PipelineRecipe)
+    for key, message in step_breaches(recipe) if is_chain else rule_breaches(recipe):
+        problems.append(problem_at(deepest(root, key.split(".")), key, message, root))
     return recipe
 
 
@@ -181,12 +219,14 @@ def plain_value(node: Node) -> object:
     return node.value
 
 
-def _deepest(root: Node, key: str) -> Node:
+def deepest(root: Node, parts: Sequence[str]) -> Node:
+    """Follow keys and positions in lists as far as the tree goes."""
     node = root
-    for part in key.split("."):
-        if not isinstance(node.value, dict) or part not in node.value:
+    for part in parts:
+        child = _child(node, part)
+        if child is None:
             break
-        node = node.value[part]
+        node = child
     return node
 
 
@@ -202,7 +242,7 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, object]:
     problems: list[Problem] = []
     nodes = _override_nodes(texts, problems)
     if problems:
-        raise RecipeError(_report(problems))
+        raise refusal(_lines(problems))
     return {key: plain_value(node) for key, node in nodes}
 
 
@@ -211,7 +251,7 @@ def _override_nodes(overrides: Overrides, problems: list[Problem]) -> list[tuple
     nodes: dict[str, Node] = {}
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
-            nodes[key] = _node_of(value, f"override {show(key)}")
+            nodes[key] = node_of(value, f"override {show(key)}")
         return list(nodes.items())
     if isinstance(overrides, str):
         raise TypeError("overrides are a list of key=value texts, not one text")
@@ -234,17 +274,21 @@ def _override_nodes(overrides: Overrides, problems: list[Problem]) -> list[tuple
     return list(nodes.items())
 
 
-def _node_of(value: object, origin: str) -> Node:
+def node_of(value: object, origin: str) -> Node:
     """Turn a Python value into a node.
+
+    Args:
+        value: plain; a path becomes text.
+        origin: how messages call the place where it was written.
 
     Raises:
         RecipeError: the value is none that YAML could write.
     """
     made: Value
     if isinstance(value, Mapping):
-        made = {str(key): _node_of(item, origin) for key, item in value.items()}
+        made = {str(key): node_of(item, origin) for key, item in value.items()}
     elif isinstance(value, list | tuple):
-        made = [_node_of(item, origin) for item in value]
+        made = [node_of(item, origin) for item in value]
     elif isinstance(value, Path):
         made = str(value)
     elif isinstance(value, float) and not math.isfinite(value):
@@ -291,12 +335,17 @@ def _put(node: Node, part: str, value: Node, problems: list[Problem]) -> bool:
     return False
 
 
-def _report(problems: Sequence[Problem]) -> str:
+def _lines(problems: Sequence[Problem]) -> list[str]:
     in_order = sorted(problems, key=lambda problem: problem.line)
-    lines = list(dict.fromkeys(show(f"{p.origin}: {p.text}", 1000) for p in in_order))
-    if len(lines) == 1:
-        return lines[0]
-    shown = lines[:MAX_LINES]
-    if len(lines) > MAX_LINES:
-        shown.append(f"and {len(lines) - MAX_LINES} more")
-    return "\n".join([*shown, f"{len(lines)} errors, nothing was started."])
+    return [show(f"{p.origin}: {p.text}", 1000) for p in in_order]
+
+
+def refusal(lines: Sequence[str]) -> RecipeError:
+    """Return one error for all mistakes, each of them spelled out once."""
+    different = list(dict.fromkeys(lines))
+    if len(different) == 1:
+        return RecipeError(different[0])
+    shown = different[:MAX_LINES]
+    if len(different) > MAX_LINES:
+        shown.append(f"and {len(different) - MAX_LINES} more")
+    return RecipeError("\n".join([*shown, f"{len(different)} errors, nothing was started."]))

@@ -1,16 +1,24 @@
 """A pipeline expanded into its runs: one per step, or one per point of a step's grid."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bigsimclr.errors import RecipeError
-from bigsimclr.recipe.keys import STAGES, dotted_keys, nearest
-from bigsimclr.recipe.loader import load_recipe, stage_of
+from bigsimclr.recipe.keys import STAGES, dotted_keys, nearest, same_ending
+from bigsimclr.recipe.loader import deepest, node_of, refusal, stage_of, tree_of, try_recipe
 from bigsimclr.recipe.names import find_recipe
-from bigsimclr.recipe.schema import AnyStage, PipelineRecipe, PipelineStep
-from bigsimclr.recipe.yaml_tree import show
+from bigsimclr.recipe.schema import (
+    AnyStage,
+    PipelineRecipe,
+    PipelineStep,
+    PretrainRecipe,
+    Recipe,
+    SupervisedRecipe,
+)
+from bigsimclr.recipe.steps import PARENTS, step_breaches
+from bigsimclr.recipe.yaml_tree import Node, show
 
 GridPoint = Mapping[str, int | float | str]
 
@@ -24,6 +32,30 @@ class PlannedRun:
     grid: GridPoint
     parent: str | None  # path of the parent run, relative to the pipeline's directory
     recipe: AnyStage
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step whose recipe was found."""
+
+    step: PipelineStep
+    file: Path
+    stage: str | None
+    keys: frozenset[str]  # dotted, of the stage
+    places: Mapping[str, str]  # "file:line" of the step's keys
+
+    def line(self, key: str, text: str) -> str:
+        """Say what is wrong with a key of the step, at its place."""
+        return show(f"{self.places[key]}: step '{self.step.name}'{text}", 1000)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Where a run lies and what it descends from."""
+
+    path: str
+    grid: GridPoint
+    parent: str | None
 
 
 def plan_pipeline(
@@ -42,31 +74,81 @@ def plan_pipeline(
         directory: where the runs will lie.
 
     Raises:
-        RecipeError: a step, a parent, a grid or an override does not fit.
+        RecipeError: a step, a parent, a grid or an override does not fit; one line per mistake.
     """
-    files = {step.name: find_recipe(step.recipe, beside=source.parent) for step in recipe.steps}
-    keys_of = {name: _keys_of(file) for name, file in files.items()}
-    _refuse_unknown(overrides, keys_of)
+    breaches = step_breaches(recipe)
+    if breaches:
+        raise refusal([f"{source}: {key}: {text}" for key, text in breaches])
+    lines: list[str] = []
+    steps = _find_steps(recipe, source, lines)
+    lines += _unfit_parents(steps)
+    if len(steps) == len(recipe.steps):  # else the keys of some are not known
+        lines += _unfit_overrides(steps, overrides)
+    points: dict[str, list[_Point]] = {}
     runs: list[PlannedRun] = []
-    for step in recipe.steps:
-        file = files[step.name]
-        own = _overrides_of(step.name, keys_of, overrides)
-        for point, parent in _points(step, own, runs, source):
-            # An inherited point only names the run: its keys were the parent's.
-            keys = {**own, **(point if step.grid else {})}
-            if parent is not None:
-                keys["parent"] = directory / parent
-            stage = load_recipe(file, keys)
-            if isinstance(stage, PipelineRecipe):
-                raise RecipeError(f"{source}: steps: {step.name} names a pipeline, not a stage")
-            path = f"{step.name}/{_label(point)}" if point else step.name
-            runs.append(PlannedRun(step.name, path, point, parent, stage))
+    for step in steps:
+        name = step.step.name
+        points[name] = _points(step.step, points)
+        own = _overrides_of(step, steps, overrides)
+        for point in points[name]:
+            stage, mistakes = try_recipe(step.file, [*own, *_given(step, point, directory)])
+            lines += mistakes or _without_parent(step, stage)
+            if stage is not None and not isinstance(stage, PipelineRecipe):
+                runs.append(PlannedRun(name, point.path, point.grid, point.parent, stage))
+    if lines:
+        raise refusal(lines)
     return runs
 
 
-def _keys_of(file: Path) -> set[str]:
-    stage = STAGES.get(stage_of(file) or "")
-    return set() if stage is None else set(dotted_keys(stage))
+def _find_steps(recipe: PipelineRecipe, source: Path, lines: list[str]) -> list[_Step]:
+    """Find the recipes of the steps; a line is added for each that cannot be used."""
+    root = tree_of(source)
+    found = []
+    for number, step in enumerate(recipe.steps):
+        places = {
+            key: deepest(root, ["steps", str(number), key]).origin
+            for key in ("name", "recipe", "parent", "grid")
+        }
+        try:
+            file = find_recipe(step.recipe, beside=source.parent)
+            stage = stage_of(file)
+        except RecipeError as error:
+            lines.append(show(f"{places['recipe']}: step '{step.name}': recipe: {error}", 1000))
+            continue
+        if stage == "pipeline":
+            text = f"{step.recipe} is a pipeline; name the recipe of a stage"
+            lines.append(show(f"{places['recipe']}: step '{step.name}': recipe: {text}", 1000))
+            continue
+        section = STAGES.get(stage or "")
+        keys = frozenset(() if section is None else dotted_keys(section))
+        found.append(_Step(step, file, stage, keys, places))
+    return found
+
+
+def _unfit_parents(steps: Sequence[_Step]) -> list[str]:
+    """List steps whose parent is of a stage that they cannot build on."""
+    stages = {step.step.name: step.stage for step in steps}
+    lines = []
+    for step in steps:
+        parent = step.step.parent
+        if parent is None or step.stage not in STAGES:
+            continue
+        needed = PARENTS.get(step.stage, ())
+        if not needed:
+            lines.append(step.line("parent", f" ({step.stage}) takes no parent; remove it"))
+        elif stages.get(parent) in STAGES and stages[parent] not in needed:
+            text = f"builds on a {' or '.join(needed)} step, and '{parent}' is {stages[parent]}"
+            lines.append(step.line("parent", f" ({step.stage}) {text}"))
+    return lines
+
+
+def _without_parent(step: _Step, recipe: Recipe | None) -> list[str]:
+    """Say that a step needs a parent and neither the pipeline nor its recipe has one."""
+    if isinstance(recipe, PretrainRecipe | SupervisedRecipe | PipelineRecipe) or recipe is None:
+        return []
+    if recipe.parent is not None:
+        return []
+    return [step.line("name", f" ({step.stage}) needs parent: NAME of an earlier step")]
 
 
 def _without_positions(key: str) -> str:
@@ -74,59 +156,88 @@ def _without_positions(key: str) -> str:
     return ".".join(part for part in key.split(".") if not part.isdecimal())
 
 
-def _refuse_unknown(overrides: Mapping[str, object], keys_of: Mapping[str, set[str]]) -> None:
-    known = set().union(*keys_of.values())
-    lines = [
-        f"override {show(key)}: no step has this key; {near}"
-        for key in overrides
-        if key.partition(".")[0] not in keys_of and _without_positions(key) not in known
-        if (near := _near(key, known | keys_of.keys()))
-    ]
-    if lines:
-        raise RecipeError("\n".join(lines))
+def _unfit_overrides(steps: Sequence[_Step], overrides: Mapping[str, object]) -> list[str]:
+    """List overrides that no step has, or that the pipeline itself decides."""
+    by_name = {step.step.name: step for step in steps}
+    known = frozenset().union(*(step.keys for step in steps))
+    lines = []
+    for key in overrides:
+        first, _, rest = key.partition(".")
+        text = None
+        if first in by_name:
+            step = by_name[first].step
+            if rest == "parent" and step.parent is not None:
+                text = f"the pipeline gives this step the parent '{step.parent}'"
+        elif key == "parent":
+            text = "the pipeline's steps have parents of their own; run a single stage with it"
+        elif _without_positions(key) not in known:
+            text = f"no step has this key; {_hint(key, by_name, known)}"
+        taken = [step for step in steps if _own_key(key, step, by_name) in step.step.grid]
+        if taken:
+            text = f"the grid of step '{taken[0].step.name}' sets this key"
+        if text is not None:
+            lines.append(f"override {show(key)}: {text}")
+    return lines
 
 
-def _near(key: str, known: set[str]) -> str:
-    near = nearest(key, sorted(known))
+def _hint(key: str, by_name: Mapping[str, _Step], known: frozenset[str]) -> str:
+    first, _, rest = key.partition(".")
+    step = nearest(first, by_name) if rest else None
+    if step is not None and _without_positions(rest) in by_name[step].keys:
+        return f"did you mean '{step}.{rest}'?"
+    near = same_ending(key, sorted(known)) or nearest(key, sorted(known | by_name.keys()))
     return f"did you mean '{near}'?" if near else "all keys: bigsimclr explain --all"
 
 
+def _own_key(key: str, step: _Step, by_name: Mapping[str, _Step]) -> str | None:
+    """Return what an override is called within a step, None where it is for other steps."""
+    first, _, rest = key.partition(".")
+    if first in by_name:
+        return rest if first == step.step.name else None
+    return key if _without_positions(key) in step.keys else None
+
+
 def _overrides_of(
-    step: str, keys_of: Mapping[str, set[str]], overrides: Mapping[str, object]
-) -> dict[str, object]:
-    own: dict[str, object] = {}
-    for key, value in overrides.items():
-        first, _, rest = key.partition(".")
-        if first in keys_of:
-            if first == step:
-                own[rest] = value
-        elif _without_positions(key) in keys_of[step]:
-            own[key] = value
-    return own
+    step: _Step, steps: Sequence[_Step], overrides: Mapping[str, object]
+) -> list[tuple[str, Node]]:
+    by_name = {other.step.name: other for other in steps}
+    return [
+        (own, node_of(value, f"override {show(key)}"))
+        for key, value in overrides.items()
+        if (own := _own_key(key, step, by_name)) is not None
+    ]
 
 
-def _points(
-    step: PipelineStep, own: Mapping[str, object], runs: list[PlannedRun], source: Path
-) -> list[tuple[GridPoint, str | None]]:
-    taken = [key for key in step.grid if key in own]
-    if taken:
-        raise RecipeError(
-            f"override {taken[0]}: the grid of step '{step.name}' in {source} sets this key"
-        )
-    parents = [run for run in runs if run.step == step.parent]
+def _given(step: _Step, point: _Point, directory: Path) -> list[tuple[str, Node]]:
+    """Return the keys that the pipeline itself sets in one run of a step."""
+    # An inherited point only names the run: its keys were the parent's.
+    grid = point.grid if step.step.grid else {}
+    nodes = [
+        (key, node_of(value, step.line("grid", f": grid: {key}"))) for key, value in grid.items()
+    ]
+    if point.parent is not None and step.stage in PARENTS:
+        nodes.append(("parent", node_of(directory / point.parent, step.line("parent", ": parent"))))
+    return nodes
+
+
+def _points(step: PipelineStep, points: Mapping[str, list[_Point]]) -> list[_Point]:
+    parents = points.get(step.parent or "", [])
     if not step.grid:
-        return [(run.grid, run.path) for run in parents] or [({}, None)]
-    points = [
+        return [_Point(_path(step.name, run.grid), run.grid, run.path) for run in parents] or [
+            _Point(step.name, {}, None)
+        ]
+    grids: list[GridPoint] = [
         dict(zip(step.grid, values, strict=True))
         for values in itertools.product(*step.grid.values())
     ]
-    return [(point, _parent_path(point, parents)) for point in points]
+    return [_Point(_path(step.name, grid), grid, _parent_path(grid, parents)) for grid in grids]
 
 
-def _label(point: GridPoint) -> str:
-    return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())
+def _path(step: str, grid: GridPoint) -> str:
+    label = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in grid.items())
+    return f"{step}/{label}" if label else step
 
 
-def _parent_path(point: GridPoint, parents: list[PlannedRun]) -> str | None:
-    matching = (run.path for run in parents if not run.grid or dict(run.grid) == dict(point))
+def _parent_path(grid: GridPoint, parents: list[_Point]) -> str | None:
+    matching = (run.path for run in parents if not run.grid or dict(run.grid) == dict(grid))
     return next(matching, None)

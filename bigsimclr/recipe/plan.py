@@ -108,6 +108,8 @@ def rule_breaches(recipe: AnyStage) -> list[tuple[str, str]]:
 def _batch_breaches(recipe: AnyTraining) -> list[tuple[str, str]]:
     batch = recipe.batch
     breaches: list[tuple[str, str]] = []
+    if isinstance(recipe, PretrainRecipe) and batch.global_batch < 2:
+        breaches.append(("batch.global_batch", "a contrastive loss needs 2 images at least"))
     if batch.update == "accumulated" and isinstance(recipe, PretrainRecipe):
         micro = batch.micro_batch or batch.global_batch
         breaches.append(
@@ -242,7 +244,8 @@ def describe(
     rows.append(
         (
             "batch",
-            f"{plan.global_batch:,} = {world_size} ranks x {plan.rank_batch:,}; "
+            f"{plan.global_batch:,} = {world_size} rank{'s' * (world_size > 1)} "
+            f"x {plan.rank_batch:,}; "
             f"micro-batch {plan.micro_batch:,}, update {plan.update}",
         )
     )

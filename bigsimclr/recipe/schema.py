@@ -6,10 +6,9 @@ loss.temperature` prints it and the JSON Schema carries it. Nothing ever writes 
 follows from it (steps, learning rates, micro-batches) lives in `bigsimclr.recipe.plan.Plan`.
 """
 
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from bigsimclr.recipe.sections import (
     BatchSection,
@@ -29,6 +28,7 @@ from bigsimclr.recipe.sections import (
     ScheduleSection,
     Section,
     SingleProcess,
+    UserPath,
 )
 
 
@@ -82,8 +82,8 @@ class LinearRecipe(TrainingRecipe):
 
     stage: Literal["linear"]
     """Selects linear evaluation."""
-    parent: Path | None = None
-    """Run directory of the pretraining run."""
+    parent: UserPath | None = None
+    """Run directory of the pretraining run; relative to the current directory."""
     augment: CropFlip
     """Random crops for training, the centre crop for evaluation."""
     labels: LabelsSection = LabelsSection(percent=100.0)
@@ -97,8 +97,8 @@ class KnnRecipe(StageRecipe):
 
     stage: Literal["knn"]
     """Selects nearest-neighbour evaluation."""
-    parent: Path | None = None
-    """Run directory of the pretraining run."""
+    parent: UserPath | None = None
+    """Run directory of the pretraining run; relative to the current directory."""
     augment: CropFlip
     """Only `image_size`, `resize` and `eval_crop_proportion` are used: no randomness."""
     labels: LabelsSection = LabelsSection(percent=100.0)
@@ -116,8 +116,8 @@ class FinetuneRecipe(TrainingRecipe):
 
     stage: Literal["finetune"]
     """Selects fine-tuning."""
-    parent: Path | None = None
-    """Run directory of the pretraining run."""
+    parent: UserPath | None = None
+    """Run directory of the pretraining run; relative to the current directory."""
     augment: CropFlip
     """Random crops and flips for training, the centre crop for evaluation."""
     labels: LabelsSection
@@ -149,8 +149,9 @@ class DistillRecipe(TrainingRecipe):
 
     stage: Literal["distill"]
     """Selects distillation."""
-    parent: Path | None = None
-    """Run directory of the teacher: a finetune, supervised or distill run."""
+    parent: UserPath | None = None
+    """Run directory of the teacher: a finetune, supervised, distill or linear run; relative to the
+    current directory."""
     augment: CropFlip
     """Random crops and flips; teacher and student see the same image."""
     backbone: ResNetBackbone | None = None
@@ -175,7 +176,8 @@ class PipelineStep(Section):
     recipe: str
     """A recipe: a name that `bigsimclr recipes` lists, or a file beside this one."""
     parent: str | None = None
-    """Name of an earlier step whose run is this step's parent."""
+    """Name of an earlier step whose run is this step's parent: a pretrain step for linear, knn and
+    finetune; a finetune, supervised, distill or linear step for distill."""
     grid: dict[str, tuple[int | float | str, ...]] = {}  # noqa: RUF012 - pydantic copies it
     """Keys of the stage recipe, each with values; one run per combination. A step without a grid
     runs once for every run of its parent; with one, its parent has the same grid or none."""
@@ -188,20 +190,6 @@ class PipelineRecipe(Section):
     """Selects a pipeline."""
     steps: tuple[PipelineStep, ...] = Field(min_length=1)
     """The stages, in order."""
-
-    @model_validator(mode="after")
-    def _parents_come_first(self) -> Self:
-        grids: dict[str, dict[str, tuple[int | float | str, ...]]] = {}
-        for step in self.steps:
-            if step.name in grids:
-                raise ValueError(f"two steps are named '{step.name}'")
-            if step.parent is not None and step.parent not in grids:
-                raise ValueError(f"step '{step.name}': no earlier step is named '{step.parent}'")
-            inherited = {} if step.parent is None else grids[step.parent]
-            if step.grid and inherited not in ({}, step.grid):
-                raise ValueError(f"step '{step.name}': its grid differs from its parent's")
-            grids[step.name] = step.grid or inherited
-        return self
 
 
 AnyTraining = PretrainRecipe | LinearRecipe | FinetuneRecipe | SupervisedRecipe | DistillRecipe

@@ -5,9 +5,10 @@ arXiv 2006.10029. Official code: google-research/simclr.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,6 +25,19 @@ Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+def _at_home(path: Path) -> Path:
+    # The shell leaves the ~ of key=~/x alone. ~name is kept: it may well be a folder here.
+    if path.parts[:1] != ("~",):
+        return path
+    try:
+        return Path.home().joinpath(*path.parts[1:])
+    except RuntimeError:  # nobody knows where home is
+        return path
+
+
+UserPath = Annotated[Path, AfterValidator(_at_home)]
+
+
 class Section(BaseModel):
     """A frozen group of keys; unknown keys and wrong types are errors."""
 
@@ -34,6 +48,8 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+    one_of: ClassVar[tuple[str, ...]] = ()
+    """Keys of which exactly one is given."""
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -55,8 +71,10 @@ class ArraysData(Section):
 
     kind: Literal["arrays"]
     """Selects NumPy arrays."""
-    root: Path
-    """Path of the .npz file; object arrays are refused."""
+    root: UserPath
+    """Path of the .npz file, relative to the current directory; ~ is the home folder. The file
+    holds `images`, uint8 [N,H,W,3] (RGB) or [N,H,W] (grey), and perhaps `labels`, whole numbers
+    [N], one for each image: the class from 0, or -1 for none. Other types are refused."""
     held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of every class kept for evaluation only; chosen by `split_seed`."""
     split_seed: NonNegativeInt = 0
@@ -68,8 +86,9 @@ class FolderData(Section):
 
     kind: Literal["folder"]
     """Selects a folder of images."""
-    root: Path
-    """The folder that holds the images, or the `train` and `held_out` folders."""
+    root: UserPath
+    """The folder that holds the images, or the `train` and `held_out` folders; relative to the
+    current directory, ~ is the home folder."""
     train: str = "."
     """Folder of the training images, relative to `root`."""
     held_out: str | None = None
@@ -87,8 +106,9 @@ class ParquetData(Section):
 
     kind: Literal["parquet"]
     """Selects parquet files (extra `parquet`)."""
-    root: Path
-    """The folder that holds the parquet files."""
+    root: UserPath
+    """The folder that holds the parquet files; relative to the current directory, ~ is the home
+    folder."""
     train: str = "train*.parquet"
     """Pattern of the training files, relative to `root`."""
     held_out: str | None = None
@@ -107,18 +127,21 @@ DataSection = Annotated[
 class LabelsSection(Section):
     """Which training images may show their label; exactly one of `per_class`, `percent`, `list`."""
 
+    one_of: ClassVar[tuple[str, ...]] = ("per_class", "percent", "list")
+
     per_class: PositiveInt | None = None
     """Labelled images per class."""
     percent: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
     """Labelled share of the training images in percent, stratified by class (paper: 1, 10, 100)."""
-    list: Path | None = None
-    """A text file with one image name per line, as the official n01440764_10026.JPEG lists."""
+    list: UserPath | None = None
+    """A text file with one image name per line, as the official n01440764_10026.JPEG lists;
+    relative to the current directory."""
     draw: NonNegativeInt = 0
     """Number of the random draw: another number is another, independent subset."""
 
     @model_validator(mode="after")
     def _one_amount(self) -> Self:
-        if sum(value is not None for value in (self.per_class, self.percent, self.list)) != 1:
+        if sum(getattr(self, key) is not None for key in self.one_of) != 1:
             raise ValueError("give exactly one of per_class, percent and list")
         return self
 
@@ -281,6 +304,8 @@ OptimizerSection = Annotated[Lars | Sgd | AdamW, Field(discriminator="kind")]
 
 class ScheduleSection(Section):
     """How long to train; exactly one of `epochs` and `steps`. Warm-up is linear, decay cosine."""
+
+    one_of: ClassVar[tuple[str, ...]] = ("epochs", "steps")
 
     epochs: PositiveFloat | None = None
     """Passes over the images; updates = examples x epochs // global_batch + 1 (official)."""

@@ -43,7 +43,7 @@ _ADVICE = {
     "could not find expected ':'": "a key without ':'; write key: value",
     "found unexpected end of stream": "a quote is opened and never closed",
     "cannot start any token": "put this text in quotes",
-    "but got '<stream end>'": "a bracket is opened and never closed",
+    "'<stream end>'": "a bracket is opened and never closed",
     "expected ',' or": "a ',' or a closing bracket is missing",
     "but found '}'": "a bracket is closed too often",
     "but found ']'": "a bracket is closed too often",
@@ -145,6 +145,7 @@ class _Reader:
         self._name = name
         self._numbered = numbered
         self._problems: list[Problem] = []
+        self._open: list[int] = []  # lines of the brackets that are not closed yet
         if len(text) > MAX_BYTES:
             raise RecipeError(f"{self._origin(1)}: more than 1 MB of text")
         self._refuse_characters(text)
@@ -175,6 +176,8 @@ class _Reader:
             )
             mark = (is_open and error.context_mark) or error.problem_mark
             line = mark.line + 1 if mark else 1
+            if "stream end" in problem and self._open:
+                line = self._open[-1]
             advice = next((a for part, a in _ADVICE.items() if part in problem), None)
             raise RecipeError(f"{self._origin(line)}: {advice or show(problem, 200)}") from None
         except (yaml.YAMLError, ValueError, OverflowError):
@@ -195,16 +198,25 @@ class _Reader:
                 raise self._refusal(event, f"&{name}: anchors are not allowed; remove it")
             if event.tag:
                 raise self._refusal(event, f"tag {show(event.tag)} is not allowed; remove it")
-        if isinstance(event, MappingStartEvent):
-            return self._mapping(event, depth=depth)
-        if isinstance(event, SequenceStartEvent):
-            items = []
-            while not isinstance(item := self._next(), SequenceEndEvent):
-                items.append(self._node(item, depth=depth + 1))
-            return self._made(items, event)
+        if isinstance(event, MappingStartEvent | SequenceStartEvent):
+            return self._collection(event, depth=depth)
         if isinstance(event, ScalarEvent):
             return self._scalar(event)
         raise self._refusal(event, "this is no YAML a recipe can hold")
+
+    def _collection(self, start: MappingStartEvent | SequenceStartEvent, *, depth: int) -> Node:
+        if start.flow_style:
+            self._open.append(start.start_mark.line + 1)
+        if isinstance(start, MappingStartEvent):
+            node = self._mapping(start, depth=depth)
+        else:
+            items = []
+            while not isinstance(item := self._next(), SequenceEndEvent):
+                items.append(self._node(item, depth=depth + 1))
+            node = self._made(items, start)
+        if start.flow_style:
+            self._open.pop()
+        return node
 
     def _mapping(self, start: Event, *, depth: int) -> Node:
         entries: dict[str, Node] = {}

@@ -14,6 +14,7 @@ from bigsimclr.report.records import Record, read_records
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 _LARGEST_FILE = 4_000_000  # bytes; recipes and results are a few thousand
+_NAMED_IMAGES = 3  # of the unreadable ones; the rest is in their file
 _LONGEST_CHAIN = 16  # parents followed upwards; also ends a circle
 
 
@@ -137,7 +138,7 @@ def read_run_set(run_dir: Path) -> RunSet:
             ancestors=tuple(_read_ancestors(run_dir, run, notes)),
             notes=tuple(notes),
         )
-    tree = mapping(_read_json(described, notes))
+    tree = mapping(_read_json(described, described.name, notes))
     written = _read_text(pipeline_text, notes)
     wanted = _parse_yaml(written, pipeline_text.name, notes)
     steps: list[Step] = []
@@ -189,10 +190,11 @@ def _read_run(
     grid: Mapping[str, Json] | None = None,
     parent: str | None = None,
 ) -> Run:
+    within = "" if path == "." else f"{path}/"
     recipe_text = _read_text(folder / "recipe.yaml", notes)
-    recipe = _parse_yaml(recipe_text, f"{folder.name}/recipe.yaml", notes)
-    finished = _read_json(folder / "result.json", notes)
-    result = finished if isinstance(finished, Mapping) else None
+    recipe = _parse_yaml(recipe_text, f"{within}recipe.yaml", notes)
+    result = _read_result(folder / "result.json", f"{within}result.json", notes)
+    _note_unreadable(folder / "unreadable.txt", within, result, notes)
     stage = stage or text(mapping(result).get("stage")) or text(recipe.get("stage")) or ""
     return Run(
         path=path,
@@ -202,9 +204,11 @@ def _read_run(
         parent=parent or text(mapping(result).get("parent")) or text(recipe.get("parent")),
         recipe_text=recipe_text,
         recipe=recipe,
-        plan=mapping(_read_json(folder / "plan.json", notes)),
-        environment=mapping(_read_json(folder / "environment.json", notes)),
-        records=_read_metrics(folder, notes),
+        plan=mapping(_read_json(folder / "plan.json", f"{within}plan.json", notes)),
+        environment=mapping(
+            _read_json(folder / "environment.json", f"{within}environment.json", notes)
+        ),
+        records=_read_metrics(folder, f"{within}metrics.jsonl", notes),
         result=result,
     )
 
@@ -249,16 +253,49 @@ def _read_text(path: Path, notes: list[str]) -> str:
         return ""
 
 
-def _read_json(path: Path, notes: list[str]) -> Json:
+def _read_json(path: Path, name: str, notes: list[str], *, consequence: str = "") -> Json:
     written = _read_text(path, notes)
-    if not written:
+    if not written and not path.is_file():
         return None
     try:
         value: Json = json.loads(written)
     except (ValueError, RecursionError):
-        notes.append(f"{path.parent.name}/{path.name}: damaged, shown as not run yet")
+        value = None
+    if not isinstance(value, Mapping):
+        notes.append(f"{name}: damaged, {consequence or 'left out'}")
         return None
     return value
+
+
+def _read_result(path: Path, name: str, notes: list[str]) -> Mapping[str, Json] | None:
+    unfinished = "so its run is shown as not finished"
+    result = _read_json(path, name, notes, consequence=unfinished)
+    if not isinstance(result, Mapping):
+        return None
+    metrics = result.get("metrics")
+    if not isinstance(metrics, Mapping):
+        notes.append(f"{name}: damaged, metrics is no list of names and numbers; none is shown")
+    elif "accuracy" in metrics and number(metrics["accuracy"]) is None:
+        notes.append(f"{name}: accuracy is no finite number; it is not shown")
+    return result
+
+
+def _note_unreadable(
+    path: Path, within: str, result: Mapping[str, Json] | None, notes: list[str]
+) -> None:
+    """Note the images that a run could not read; a line of the file is name, tab, reason."""
+    lines = [line for line in _read_text(path, notes).split("\n") if line.strip()]
+    stated = number(mapping(mapping(result).get("data")).get("unreadable")) or 0.0
+    count = max(len(lines), int(stated))
+    if count < 1:
+        return
+    named = [line.partition("\t")[0].strip() for line in lines[:_NAMED_IMAGES]]
+    names = f": {', '.join(named)}" if named else ""
+    names += f" and {count - len(named):,} more" if 0 < len(named) < count else ""
+    run = f"{within.rstrip('/')}: " if within else ""
+    listed = f" (all in {within}{path.name})" if 0 < len(named) < len(lines) else ""
+    images = "1 image" if count == 1 else f"{count:,} images"
+    notes.append(f"{run}{images} could not be read and took no part{names}{listed}")
 
 
 def _parse_yaml(written: str, name: str, notes: list[str]) -> Mapping[str, Json]:
@@ -279,9 +316,9 @@ def _plain(node: Node) -> Json:
     return node.value
 
 
-def _read_metrics(folder: Path, notes: list[str]) -> Sequence[Record]:
+def _read_metrics(folder: Path, name: str, notes: list[str]) -> Sequence[Record]:
     try:
         return tuple(read_records(folder))
     except (BigSimCLRError, OSError, ValueError, TypeError, RecursionError) as error:
-        notes.append(f"{folder.name}/metrics.jsonl: {error}")
+        notes.append(f"{name}: {error}")
         return ()

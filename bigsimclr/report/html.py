@@ -29,6 +29,8 @@ from bigsimclr.report.tables import (
     curve_table,
     descent,
     lineage_cells,
+    missing_curve,
+    missing_training,
     result_line,
     tiles,
 )
@@ -87,12 +89,15 @@ def render_page(summary: Summary) -> str:
     source = files("bigsimclr.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         name=run_set.name,
-        verdict=summary.verdict,
+        # A deviation must not stand alone at the start of a line.
+        verdict=summary.verdict.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"),
         progress=f"{summary.finished} of {len(run_set.runs)} runs finished",
         notes=run_set.notes,
         tiles=tiles(summary),
         curve=curve_picture(summary.points),
         curve_table=curve_table(summary),
+        missing_curve=missing_curve(run_set),
+        missing_training=missing_training(run_set),
         results=[result_line(row) for row in summary.rows],
         resolution=_resolution(run_set),
         training=_training(run_set),
@@ -138,10 +143,9 @@ def _training(run_set: RunSet) -> list[Curves]:
         runs = [run for run in run_set.of_step(step) if run.records]
         pictures = classifier_pictures(run_set, runs)
         if pictures:
-            count = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
             sections.append(
                 Curves(
-                    title=f"{step.name} ({count})",
+                    title=step.name if len(runs) == 1 else f"{step.name}, {len(runs)} runs",
                     is_open=not run_set.is_pipeline,
                     pictures=pictures,
                 )

@@ -15,6 +15,8 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLoc
 
 Tone = Literal["ours", "second", "baseline", "reference"]
 
+_CURVE_SPAN = 20.0  # points that the axis of the label-efficiency plot covers at least
+_SERIES_SPAN = 10.0  # the same of a small plot in percent
 _MOST_POINTS = 600  # per line; more cannot be told apart at this size
 # Text stays text in the reader's own font; the width of DejaVu, the widest, decides the layout.
 _FONTS = "system-ui, 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
@@ -89,13 +91,13 @@ def label_efficiency_svg(curves: Sequence[Curve], *, axis: str, narrow: bool = F
     """
     with _style():
         figure = Figure(
-            figsize=(5.0, 4.2) if narrow else (10.4, 4.2), layout="constrained", facecolor="none"
+            figsize=(3.9, 3.7) if narrow else (10.4, 4.2), layout="constrained", facecolor="none"
         )
         axes = figure.add_subplot()
         axes.set_xscale("log")
         for position, curve in enumerate(curves):
             # Lines stand a little apart so that error bars at one amount do not cover each other.
-            shift = 1 + 0.036 * (position - (len(curves) - 1) / 2)
+            shift = 1 + (0.07 if narrow else 0.036) * (position - (len(curves) - 1) / 2)
             _draw_curve(axes, curve, shift=shift, colour=LIGHT.tones[curve.tone])
         amounts = sorted({amount for curve in curves for amount in curve.amounts})
         axes.xaxis.set_major_locator(FixedLocator(amounts))
@@ -104,8 +106,7 @@ def label_efficiency_svg(curves: Sequence[Curve], *, axis: str, narrow: bool = F
         axes.set_xlim(min(amounts) / 1.18, max(amounts) * 1.18)
         axes.set_xlabel(axis)
         axes.set_ylabel("accuracy, % of held-out images")
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -1.0), min(high, 101.0))
+        axes.set_ylim(_percent_limits(axes.get_ylim(), least=_CURVE_SPAN))
         _name_lines(axes, curves)
         return _svg(figure)
 
@@ -133,9 +134,7 @@ def _name_lines(axes: Axes, curves: Sequence[Curve]) -> None:
     low, high = axes.get_ylim()
     gap = 0.062 * (high - low)
     ends = sorted(((curve.means[-1], curve) for curve in curves), key=lambda end: end[0])
-    heights: list[float] = []
-    for height, _ in ends:
-        heights.append(max(height, heights[-1] + gap) if heights else height)
+    heights = _spread_out([height for height, _ in ends], gap)
     overshoot = max(0.0, heights[-1] - (high - gap / 2)) if heights else 0.0
     for height, (_, curve) in zip(heights, ends, strict=True):
         axes.annotate(
@@ -149,6 +148,35 @@ def _name_lines(axes: Axes, curves: Sequence[Curve]) -> None:
             fontweight="bold",
             annotation_clip=False,
         )
+
+
+def _spread_out(heights: Sequence[float], gap: float) -> list[float]:
+    """Move ascending heights as little as keeps them a gap apart: neighbours part evenly."""
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _lowest(groups[-1], gap) < _highest(groups[-2], gap) + gap:
+            last = groups.pop()
+            groups[-1] += last
+    return [_lowest(group, gap) + gap * place for group in groups for place in range(len(group))]
+
+
+def _lowest(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _highest(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) + gap * (len(group) - 1) / 2
+
+
+def _percent_limits(limits: tuple[float, float], *, least: float) -> tuple[float, float]:
+    """Widen an axis in percent to a span that does not blow up noise, within 0 to 100."""
+    low, high = limits
+    missing = max(0.0, least - (high - low))
+    low, high = low - missing / 2, high + missing / 2
+    # A little beyond either end, so that a line at 0 or 100 is not cut in half.
+    low, high = (low, min(high, 101.0)) if low > -1.0 else (-1.0, min(max(high, least), 101.0))
+    return (low, high) if high - low >= least else (high - least, high)
 
 
 def series_svg(
@@ -168,7 +196,7 @@ def series_svg(
     """
     factor = 100.0 if scale == "percent" else 1.0
     with _style():
-        figure = Figure(figsize=(3.9, 2.35), layout="constrained", facecolor="none")
+        figure = Figure(figsize=(3.7, 2.3), layout="constrained", facecolor="none")
         axes = figure.add_subplot()
         for line in series:
             x, y = _thinned(line.x, line.y)
@@ -184,6 +212,8 @@ def series_svg(
                 markersize=4,
             )
         axes.margins(x=0.01, y=0.08)
+        if scale == "percent":
+            axes.set_ylim(_percent_limits(axes.get_ylim(), least=_SERIES_SPAN))
         if from_zero:
             axes.set_ylim(bottom=0.0)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))

@@ -5,6 +5,7 @@ import sys
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +21,9 @@ from rich.text import Text
 
 _BAR_SECONDS = 0.1  # between two drawings of the bar
 _LINE_SECONDS = 5.0  # between two lines of a log file
+_BAR_WIDTH = 18
+_BAR_FROM = 100  # columns of a terminal; on a narrower one the figures need the bar's place
+_CLOCK_WIDTH = 8  # of the remaining time, up to 99:59:59
 _HIDDEN = 30.0 * 86400  # a remaining time beyond this is no estimate
 
 
@@ -44,6 +48,7 @@ class Progress:
         self._values: dict[str, float] = {}
         self._is_behind = False  # whether something measured has not been shown yet
         self._bar: RichProgress | None = None
+        self._has_bar = False
         self._stop_bar: weakref.finalize[[], Progress] | None = None
         self._task = TaskID(0)
 
@@ -86,7 +91,8 @@ class Progress:
             return
         self._due = now + self._interval
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, values=headline(self._values))
+            shown = headline(self._values, room=self._room(self._bar.console.width))
+            self._bar.update(self._task, completed=step, values=shown)
             self._bar.refresh()
         else:
             self._write(self._line(now))
@@ -117,12 +123,13 @@ class Progress:
             self._write(text)
 
     def _open_bar(self, console: Console) -> None:
+        self._has_bar = console.width >= _BAR_FROM
         bar = RichProgress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=18),
+            *([BarColumn(bar_width=_BAR_WIDTH)] if self._has_bar else []),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            # On a narrow terminal the values are cut, never the counts.
+            # Should the values be too long even so, they are cut, never the counts.
             TextColumn(
                 "{task.fields[values]}",
                 markup=False,
@@ -141,6 +148,11 @@ class Progress:
         # A run that dies without `end` must not leave the terminal without its cursor.
         self._stop_bar = weakref.finalize(self, bar.stop)
         self._bar = bar
+
+    def _room(self, width: int) -> int:
+        """Return the columns that title, counts and clock leave for the values."""
+        taken = len(self._title) + 2 * len(str(self._total)) + 1 + _CLOCK_WIDTH + 3
+        return width - taken - (_BAR_WIDTH + 1 if self._has_bar else 0)
 
     def _close_bar(self) -> None:
         if self._stop_bar is not None:
@@ -177,29 +189,62 @@ def show_progress(enabled: bool) -> Progress:  # noqa: FBT001 - the one thing it
     return Progress(None if console.is_dumb_terminal else console, enabled=True)
 
 
-def headline(values: Mapping[str, float]) -> str:
+def headline(values: Mapping[str, float], *, room: int | None = None) -> str:
     """Put the recorded values that say most into a few words.
 
     Args:
         values: recorded names and values.
+        room: characters there are; None for as many as it takes. With too few, the words get
+            shorter first, then what says least is left out.
     """
-    parts: list[str] = []
+    parts = _parts(values)
+    text = "  ".join(part.full for part in parts)
+    if room is None or len(text) <= room:
+        return text
+    while parts:
+        short = [part.short for part in parts]
+        for gap in ("  ", " "):
+            text = gap.join(short)
+            if len(text) <= room:
+                return text
+        parts.remove(max(parts, key=lambda part: part.leaves_first))
+    return ""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One measured value in words."""
+
+    full: str
+    short: str
+    leaves_first: int  # where there is no room, the highest goes
+
+
+def _parts(values: Mapping[str, float]) -> list[_Part]:
+    parts: list[_Part] = []
     if "train/loss" in values:
-        chance = values.get("train/chance_loss")
+        loss, chance = values["train/loss"], values.get("train/chance_loss")
         against = "" if chance is None else f" (chance {chance:.2f})"
-        parts.append(f"loss {values['train/loss']:.3f}{against}")
-    shares = {
-        "pairs": "train/contrastive_accuracy",
-        "train": "train/accuracy",
-        "knn": "knn/accuracy",
-        "held out": "held_out/accuracy",
-    }
-    parts += [f"{name} {values[key]:.1%}" for name, key in shares.items() if key in values]
+        parts.append(_Part(f"loss {loss:.3f}{against}", f"loss {loss:.2f}", 0))
+    shares = (
+        ("pairs", "train/contrastive_accuracy", ".0%", 6),
+        ("train", "train/accuracy", ".0%", 5),
+        ("knn", "knn/accuracy", ".1%", 2),
+        ("held out", "held_out/accuracy", ".1%", 1),
+    )
+    for name, key, digits, leaves_first in shares:
+        if key in values:
+            share = values[key]
+            parts.append(
+                _Part(f"{name} {share:.1%}", f"{name} {format(share, digits)}", leaves_first)
+            )
     if "train/images_per_second" in values:
-        parts.append(f"{values['train/images_per_second']:,.0f} img/s")
+        speed = f"{values['train/images_per_second']:,.0f} img/s"
+        parts.append(_Part(speed, speed, 3))
     if values.get("train/data_wait", 0.0) >= 0.005:
-        parts.append(f"wait {values['train/data_wait']:.0%}")
-    return "  ".join(parts)
+        wait = f"wait {values['train/data_wait']:.0%}"
+        parts.append(_Part(wait, wait, 4))
+    return parts
 
 
 def clock(seconds: float) -> str:

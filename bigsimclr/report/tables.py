@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bigsimclr.report.document import Summary, seconds_of, state_of
 from bigsimclr.report.facts import Json, Run, RunSet, Step, number, text
-from bigsimclr.report.summary import METHOD_NAMES, Method, Row, Spread, labels_of
+from bigsimclr.report.summary import METHOD_NAMES, METHOD_OF_STAGE, Method, Row, Spread, labels_of
 from bigsimclr.report.verdict import percent, with_spread
 
 _NOTHING = "\N{EN DASH}"
@@ -51,14 +51,13 @@ def tiles(summary: Summary) -> list[Tile]:
         for method in order:
             for point in summary.points:
                 if point.method == method and point.labels.order == fewest.order:
-                    chosen.append(
-                        Tile(METHOD_NAMES[method], percent(point.spread.mean), fewest.amount)
-                    )
+                    note = _spread_note(point.spread) + fewest.amount
+                    chosen.append(Tile(METHOD_NAMES[method], percent(point.spread.mean), note))
                     break
     ways = {"knn": "nearest neighbours", "linear": "linear classifier"}
     for row in summary.rows:
         if row.step.stage in ways and row.spread is not None:
-            note = f"frozen features, {row.labels.amount}"
+            note = f"{_spread_note(row.spread)}frozen features, {row.labels.amount}"
             chosen.append(Tile(ways[row.step.stage], percent(row.spread.mean), note))
     if not chosen:
         chosen += [
@@ -77,12 +76,16 @@ def curve_table(summary: Summary) -> dict[str, object]:
     """Return the columns and lines of the table below the label-efficiency curve."""
     columns = list(dict.fromkeys((point.method, point.step) for point in summary.points))
     columns.sort(key=lambda column: list(METHOD_NAMES).index(column[0]))
-    amounts = {point.labels.order: point.labels.amount for point in summary.points}
+    amounts = {point.labels.order: point.labels.short for point in summary.points}
+    draws = {point.draws for point in summary.points}
+    alike = draws.pop() if len(draws) == 1 else None
     lines = []
     for order, amount in sorted(amounts.items()):
         here = {(p.method, p.step): p for p in summary.points if p.labels.order == order}
         cells = [
-            f"{_numbers(here[column].spread)} ({here[column].draws})" if column in here else ""
+            _numbers(here[column].spread) + ("" if alike else f" ({here[column].draws})")
+            if column in here
+            else ""
             for column in columns
         ]
         scratch = [p.spread.mean for (method, _), p in here.items() if method == "supervised"]
@@ -94,7 +97,17 @@ def curve_table(summary: Summary) -> dict[str, object]:
         METHOD_NAMES[method] + (f" ({step})" if methods.count(method) > 1 else "")
         for method, step in columns
     ]
-    return {"columns": names, "lines": lines}
+    if alike is None:
+        spread = "mean ± sample standard deviation (label draws)"
+    elif alike == 1:
+        spread = "of a single label draw"
+    else:
+        spread = f"mean ± sample standard deviation over {alike} label draws"
+    return {"columns": names, "lines": lines, "spread": spread}
+
+
+def _spread_note(spread: Spread) -> str:
+    return "" if spread.std is None else f"± {100 * spread.std:.1f}, "
 
 
 def _numbers(spread: Spread) -> str:
@@ -126,6 +139,35 @@ def result_line(row: Row) -> ResultLine:
         ),
         progress=_progress(row),
     )
+
+
+def missing_curve(run_set: RunSet) -> str:
+    """Say why there is no curve over the labels; "" where none is to be expected."""
+    runs = [run for run in run_set.runs if run.stage in METHOD_OF_STAGE]
+    classifiers = [step for step in run_set.steps if step.stage in METHOD_OF_STAGE]
+    if not classifiers:
+        return ""
+    if any(run.accuracy is not None for run in runs):
+        return "No curve: nothing says how many labels the finished classifiers saw."
+    if any(run.result is not None for run in runs):
+        return "No curve: of the finished classifiers none measured an accuracy."
+    if any(run.started for run in runs):
+        return "Not finished yet: no classifier has come to its end."
+    return "Not run yet: no classifier has been trained."
+
+
+def missing_training(run_set: RunSet) -> str:
+    """Say why there is no plot of the training."""
+    runs = [run for run in run_set.runs if run.stage != "knn"]
+    if run_set.runs and not runs:
+        return "Nothing is trained here: nearest neighbours only look features up."
+    if any(run.result is not None for run in runs):
+        most = max(len(run.records) for run in runs)
+        count = {0: "no record", 1: "one record"}.get(most, "few records")
+        return f"Finished, but with {count}: too few points for a plot."
+    if any(run.started for run in runs):
+        return "Not finished yet: too few records for a plot so far."
+    return "Not run yet: no course of training has been recorded."
 
 
 def _progress(row: Row) -> str:

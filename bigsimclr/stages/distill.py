@@ -13,7 +13,7 @@ from bigsimclr.data.loader import Batch
 from bigsimclr.engine import Losses, MakeViews
 from bigsimclr.engine.loop import Trained
 from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import RecipeError
+from bigsimclr.errors import DataError, RecipeError
 from bigsimclr.losses.classify import cross_entropy, distillation
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import SimCLR
@@ -75,7 +75,7 @@ def distill(
     recipe: DistillRecipe, *, world: World, run: RunDirectory, progress: Progress, stop: StopRequest
 ) -> tuple[Trained, Task]:
     """Distil a teacher into a student of the same or another architecture."""
-    teacher = load_parent(recipe.parent, needs="the teacher")
+    teacher = load_parent(recipe.parent, stages=("finetune", "supervised", "distill", "linear"))
     if teacher.architecture.classes is None:
         raise RecipeError(
             f"parent: {recipe.parent} has no classifier to learn from; fine-tune it first"
@@ -83,6 +83,11 @@ def distill(
     inputs = open_inputs(
         recipe, labels=recipe.labels, walk="all", directory=run.path, device=world.device
     )
+    if inputs.classes and inputs.classes != teacher.classes:
+        raise DataError(
+            f"parent: {recipe.parent} knows {_named(teacher.classes)}, the images have "
+            f"{_named(inputs.classes)}; a student learns its teacher's classes"
+        )
     architecture = Architecture(
         backbone=recipe.backbone or teacher.architecture.backbone,
         head=recipe.head,
@@ -108,3 +113,8 @@ def distill(
         recipe, task, world=world, run=run, progress=progress, stop=stop, title="distill"
     )
     return trained, task
+
+
+def _named(classes: tuple[str, ...]) -> str:
+    shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+    return f"{len(classes)} classes ({shown})"

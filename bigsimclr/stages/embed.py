@@ -15,7 +15,7 @@ from bigsimclr.augment import view_settings
 from bigsimclr.augment.device import make_views
 from bigsimclr.data import Source, build_data
 from bigsimclr.data.loader import evaluation_batches
-from bigsimclr.errors import CheckpointError, DataError, RecipeError
+from bigsimclr.errors import CheckpointError, DataError, RecipeError, StorageError
 from bigsimclr.models.simclr import SimCLR
 from bigsimclr.recipe.sections import CropFlip, FolderData
 from bigsimclr.stages.evaluate import hidden, inference
@@ -62,6 +62,14 @@ def embed(
 
 
 @dataclass(frozen=True)
+class Written:
+    """What went into a file of embeddings or predictions."""
+
+    images: int
+    unreadable: tuple[str, ...]  # names of images left out
+
+
+@dataclass(frozen=True)
 class _Row:
     """What a network says of one image file."""
 
@@ -70,56 +78,61 @@ class _Row:
     logits: Tensor | None  # [K]
 
 
-def embed_to_file(run: Path, images: Path, out: Path) -> int:
+def embed_to_file(run: Path, images: Path, out: Path) -> Written:
     """Write the backbone's features of a folder of images to an .npz file.
 
     The file holds `names` [N] (text) and `features` [N,F] (float32), in the order of the names.
-
-    Returns:
-        The number of images written.
+    Images that cannot be read are left out.
 
     Raises:
-        DataError: the folder holds no image.
+        DataError: the folder holds no image that can be read.
         RecipeError: `out` does not end in .npz.
+        StorageError: `out` cannot be written.
     """
-    if out.suffix != ".npz":
-        raise RecipeError(f"{out}: embeddings are written as .npz; choose such a name")
-    rows = list(_rows(load_run(run), images))
-    if not rows:
-        raise DataError(f"{images}: no image could be read")
-    names = np.array([row.name for row in rows])
-    features = torch.stack([row.features for row in rows]).numpy()
-    with _whole(out) as temporary, temporary.open("wb") as file:
-        np.savez(file, names=names, features=features)
-    return len(rows)
+    with _whole(out, suffix=".npz") as temporary:
+        unreadable: dict[str, str] = {}
+        rows = list(_rows(load_run(run), images, unreadable))
+        if not rows:
+            raise DataError(f"{images}: no image could be read")
+        names = np.array([row.name for row in rows])
+        features = torch.stack([row.features for row in rows]).numpy()
+        with temporary.open("wb") as file:
+            np.savez(file, names=names, features=features)
+    return Written(len(rows), tuple(unreadable))
 
 
-def predict_to_file(run: Path, images: Path, out: Path) -> int:
+def predict_to_file(run: Path, images: Path, out: Path) -> Written:
     """Write the class of every image in a folder to a CSV file: name, class, probability.
 
-    Returns:
-        The number of images written.
+    Images that cannot be read are left out.
 
     Raises:
         CheckpointError: the run has no classifier.
+        DataError: the folder holds no image that can be read.
+        RecipeError: `out` does not end in .csv.
+        StorageError: `out` cannot be written.
     """
-    loaded = load_run(run)
-    if loaded.architecture.classes is None:
-        raise CheckpointError(f"{run} has no classifier; fine-tune it first, or use embed")
-    written = 0
-    with _whole(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["name", "class", "probability"])
-        for row in _rows(loaded, images):
-            if row.logits is None:
-                raise AssertionError("a classifier has logits")
-            probability, number = row.logits.softmax(0).max(0)
-            table.writerow([row.name, loaded.classes[int(number)], f"{probability:.6f}"])
-            written += 1
-    return written
+    with _whole(out, suffix=".csv") as temporary:
+        loaded = load_run(run)
+        if loaded.architecture.classes is None:
+            raise CheckpointError(f"{run} has no classifier; fine-tune it first, or use embed")
+        unreadable: dict[str, str] = {}
+        written = 0
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["name", "class", "probability"])
+            for row in _rows(loaded, images, unreadable):
+                if row.logits is None:
+                    raise AssertionError("a classifier has logits")
+                probability, number = row.logits.softmax(0).max(0)
+                table.writerow([row.name, loaded.classes[int(number)], f"{probability:.6f}"])
+                written += 1
+        if not written:
+            raise DataError(f"{images}: no image could be read")
+    return Written(written, tuple(unreadable))
 
 
-def _rows(loaded: Loaded, images: Path) -> Iterator[_Row]:
+def _rows(loaded: Loaded, images: Path, unreadable: dict[str, str]) -> Iterator[_Row]:
     source, settings = _folder(images), view_settings(_augment_of(loaded))
     world = join_world()
     model = loaded.model.to(world.device)
@@ -130,8 +143,9 @@ def _rows(loaded: Loaded, images: Path) -> Iterator[_Row]:
             settings=settings,
             batch_size=64,
             workers=0,
-            unreadable_limit=0.0,
+            unreadable_limit=1.0,
             max_pixels=64_000_000,
+            unreadable=unreadable,
         ):
             outputs = model(make_views(batch.pixels, batch.draws, settings, device=world.device))
             for place, index in enumerate(batch.indices.tolist()):
@@ -159,9 +173,18 @@ def _augment_of(loaded: Loaded) -> CropFlip:
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
+def _whole(out: Path, *, suffix: str) -> Iterator[Path]:
+    # Tried before the work begins; the file is whole or absent.
+    if out.suffix != suffix:
+        raise RecipeError(f"{out}: a file that ends in {suffix} is written; choose such a name")
+    if out.is_dir():
+        raise StorageError(f"{out} is a directory; name a file")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise StorageError(f"{out} cannot be written: {error.strerror}") from error
     try:
         yield temporary
         temporary.replace(out)

@@ -14,7 +14,7 @@ from bigsimclr.data.loader import Batch
 from bigsimclr.engine import Losses, MakeViews
 from bigsimclr.engine.loop import Trained
 from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import RecipeError
+from bigsimclr.errors import DataError, RecipeError
 from bigsimclr.losses.classify import cross_entropy
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import SimCLR
@@ -83,6 +83,8 @@ def train_with_labels(
         directory=run.path,
         device=world.device,
     )
+    if len(inputs.classes) < 2:
+        raise DataError(f"labels: one class ({inputs.classes[0]}) leaves nothing to tell apart")
     if isinstance(recipe, SupervisedRecipe):
         architecture = Architecture(
             backbone=recipe.backbone,
@@ -93,7 +95,7 @@ def train_with_labels(
         )
         model = build_model(architecture, seed=recipe.seed)
     else:
-        parent = load_parent(recipe.parent, needs="a pretraining run")
+        parent = load_parent(recipe.parent, stages=("pretrain",))
         architecture, model = _from_parent(recipe, parent, inputs)
     model.to(world.device)
     task = Task(

@@ -20,7 +20,7 @@ def evaluate_neighbours(
     Raises:
         DataError: there are no held-out images.
     """
-    parent = load_parent(recipe.parent, needs="a pretraining run")
+    parent = load_parent(recipe.parent, stages=("pretrain",))
     inputs = open_inputs(
         recipe,
         labels=recipe.labels,

@@ -49,20 +49,32 @@ def load_run(path: Path) -> Loaded:
     )
 
 
-def load_parent(parent: Path | None, *, needs: str) -> Loaded:
+def load_parent(parent: Path | None, *, stages: tuple[str, ...]) -> Loaded:
     """Load the run a stage builds on.
 
+    Args:
+        parent: its run directory.
+        stages: the stages it may be a run of.
+
     Raises:
-        RecipeError: no parent is named.
+        RecipeError: no parent is named, or it is a run of another stage.
         CheckpointError: the parent has no intact checkpoint, or is not finished.
     """
+    wanted = " or ".join(stages)
     if parent is None:
-        raise RecipeError(f"parent: this stage needs the run directory of {needs}; give parent=DIR")
+        raise RecipeError(
+            f"parent: this stage needs the run directory of a {wanted} run; give parent=DIR"
+        )
     if not parent.is_dir():
         raise CheckpointError(f"parent: {parent} is not a run directory")
     if not (parent / "result.json").exists():
         raise CheckpointError(f"parent: {parent} is not finished; run it to its end first")
-    return load_run(parent)
+    loaded = load_run(parent)
+    recipe = loaded.facts.get("recipe")
+    stage = recipe.get("stage") if isinstance(recipe, dict) else None
+    if stage not in stages:
+        raise RecipeError(f"parent: {parent} is a {stage} run; this stage needs a {wanted} run")
+    return loaded
 
 
 def _find(path: Path) -> Checkpoint:

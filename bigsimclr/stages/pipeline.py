@@ -8,8 +8,8 @@ from bigsimclr.errors import Stopped
 from bigsimclr.recipe.pipeline import PlannedRun
 from bigsimclr.recipe.schema import PipelineRecipe
 from bigsimclr.report.progress import Progress
-from bigsimclr.stages.run_directory import write_json
-from bigsimclr.stages.single import run_stage
+from bigsimclr.stages.run_directory import refuse_strangers, write_json
+from bigsimclr.stages.single import finished_result, run_stage
 
 
 def run_pipeline(
@@ -25,7 +25,15 @@ def run_pipeline(
 
     Raises:
         Stopped: a signal asked for it; the run in progress is saved.
+        RecipeError: a finished run was another recipe, or the directory holds something else.
     """
+    if not (directory / "pipeline.json").exists():
+        refuse_strangers(directory, [step.name for step in recipe.steps])
+    finished = [run for run in runs if (directory / run.path / "result.json").exists()]
+    for run in finished:
+        finished_result(run.recipe, directory / run.path)
+    if finished:
+        progress.note(f"{len(finished)} of {len(runs)} runs finished before")
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "pipeline.yaml", json.loads(recipe.model_dump_json()))
     write_json(
@@ -48,9 +56,9 @@ def run_pipeline(
         },
     )
     for number, run in enumerate(runs, start=1):
+        if run in finished:
+            continue
         progress.note(f"[{number}/{len(runs)}] {run.path}")
         run_stage(run.recipe, directory / run.path, progress=progress, stop=stop)
         if stop.received is not None:
-            raise Stopped(
-                f"stopping on {stop.received} after {run.path}; the same command continues"
-            )
+            raise Stopped(f"by {stop.received} after {run.path}; the same command continues")

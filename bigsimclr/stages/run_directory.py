@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,18 @@ from bigsimclr.recipe.schema import AnyStage
 
 # Keys that change nothing about what is trained, so a run may continue with other values.
 FREE_SECTIONS = ("input", "log", "checkpoint")
-FREE_KEYS = ("parallel.cpu_threads",)
+# The images are compared by their fingerprint, wherever they lie.
+FREE_KEYS = ("parallel.cpu_threads", "data.root")
+OWN_FILES = (
+    "recipe.yaml",
+    "plan.json",
+    "environment.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "labels.txt",
+    "unreadable.txt",
+    "tensorboard",
+)
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,56 @@ class RunDirectory:
         """Return the file whose presence says that the run is finished."""
         return self.path / "result.json"
 
+    def check_free(self) -> None:
+        """Refuse a directory that holds anything but this or a new run.
+
+        Raises:
+            RecipeError: it holds a pipeline, or files of somebody else.
+        """
+        if (self.path / "pipeline.json").exists():
+            raise RecipeError(f"{self.path} holds a pipeline; choose another --out")
+        if not (self.path / "recipe.yaml").exists():
+            refuse_strangers(self.path, OWN_FILES)
+
+    def note_unreadable(self, found: Mapping[str, str]) -> None:
+        """Add unreadable images and the reasons to `unreadable.txt`."""
+        known = self.unreadable()
+        if found.keys() - known.keys():
+            lines = [f"{name}\t{why}\n" for name, why in sorted({**known, **found}.items())]
+            (self.path / "unreadable.txt").write_text("".join(lines), encoding="utf-8")
+
+    def unreadable(self) -> dict[str, str]:
+        """Return the images that could not be read so far, with the reasons."""
+        path = self.path / "unreadable.txt"
+        if not path.exists():
+            return {}
+        pairs = (line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines())
+        return {name: why for name, _, why in pairs}
+
     def describe(self, recipe: AnyStage, plan: Mapping[str, object]) -> None:
         """Write the resolved recipe, the plan and the environment."""
         save_recipe(recipe, self.path / "recipe.yaml")
         write_json(self.path / "plan.json", plan)
         write_json(self.path / "environment.json", environment())
+
+
+def refuse_strangers(directory: Path, own: Collection[str]) -> None:
+    """Refuse to write among files that are not this run's.
+
+    Raises:
+        RecipeError: the directory is a file, or holds something else.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise RecipeError(f"{directory} is a file, not a directory; choose another --out")
+    if not directory.exists():
+        return
+    names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    strange = [name for name in names if name not in own]
+    if strange:
+        raise RecipeError(
+            f"{directory} is not a run directory: it holds {strange[0]}"
+            f"{f' and {len(strange) - 1} more' if len(strange) > 1 else ''}; choose another --out"
+        )
 
 
 def write_json(path: Path, value: object) -> None:
@@ -97,6 +153,19 @@ def recipe_facts(recipe: AnyStage) -> dict[str, object]:
     if not isinstance(facts, dict):
         raise AssertionError("a recipe is a mapping")
     return facts
+
+
+def with_absolute_paths(recipe: AnyStage) -> AnyStage:
+    """Return the same recipe with absolute paths, so that it means the same in any directory."""
+    facts = recipe_facts(recipe)
+    for section, key in (
+        (facts, "parent"),
+        (facts.get("data"), "root"),
+        (facts.get("labels"), "list"),
+    ):
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = str(Path(section[key]).absolute())
+    return type(recipe).model_validate_json(json.dumps(facts))
 
 
 def check_same_recipe(recipe: AnyStage, stored: object, directory: Path) -> None:

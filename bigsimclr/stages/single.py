@@ -1,18 +1,16 @@
-"""One stage in one run directory: from a recipe to `result.json`."""
+"""One stage in one run directory: from a recipe to its result."""
 
-import json
-import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from bigsimclr.engine.lock import hold_run
 from bigsimclr.engine.loop import Trained
 from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import RecipeError
+from bigsimclr.errors import CheckpointError
 from bigsimclr.recipe import load_recipe
 from bigsimclr.recipe.schema import (
     AnyStage,
+    AnyTraining,
     DistillRecipe,
     FinetuneRecipe,
     KnnRecipe,
@@ -24,25 +22,22 @@ from bigsimclr.recipe.schema import (
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.distill import distill
 from bigsimclr.stages.finetune import train_with_labels
-from bigsimclr.stages.inputs import Inputs
 from bigsimclr.stages.knn import evaluate_neighbours
 from bigsimclr.stages.pretrain import pretrain
+from bigsimclr.stages.result import Result, read_result, summary, write_result
 from bigsimclr.stages.run_directory import (
     RunDirectory,
     check_same_recipe,
     recipe_facts,
-    write_json,
+    with_absolute_paths,
 )
-from bigsimclr.stages.training import Result, Task
+from bigsimclr.stages.training import Task
 from bigsimclr.world import World, join_world
 
-ENCODER = {
-    "pretrain": "frozen",
-    "linear": "frozen",
-    "knn": "frozen",
-    "finetune": "fine-tuned",
-    "supervised": "from scratch",
-    "distill": "distilled",
+METRICS = {
+    "held_out/accuracy": "accuracy",
+    "knn/accuracy": "knn_accuracy",
+    "probe/held_out_accuracy": "probe_accuracy",
 }
 
 
@@ -59,13 +54,16 @@ def run_stage(
 
     Raises:
         Stopped: a signal asked for it; the state is saved.
-        RecipeError: the directory holds a run of another recipe.
+        RecipeError: the directory holds a run of another recipe, or something else.
         StorageError: the directory cannot be written, or another process is writing it.
     """
+    recipe = with_absolute_paths(recipe)
+    run = RunDirectory(directory)
+    run.check_free()
     with hold_run(directory):
-        run = RunDirectory(directory)
         if run.result.exists():
-            return _finished(recipe, run, progress)
+            progress.note(f"{recipe.stage}: finished before, {run.path}")
+            return finished_result(recipe, directory)
         world = join_world(
             recipe.parallel.device,
             cpu_threads=recipe.parallel.cpu_threads,
@@ -74,11 +72,43 @@ def run_stage(
         if isinstance(recipe, KnnRecipe):
             return _neighbours(recipe, world, run, progress)
         trained, task = _train(recipe, world, run, progress, stop)
-        return _conclude(recipe, run, trained, task, progress)
+        metrics = {METRICS[name]: value for name, value in trained.values.items()}
+        metrics["loss"] = trained.losses["train/loss"]
+        held_out = task.inputs.held_out
+        progress.end(summary(recipe, metrics, 0 if held_out is None else len(held_out)))
+        return write_result(
+            recipe,
+            run,
+            task.inputs,
+            metrics=metrics,
+            examples=trained.examples,
+            checkpoint=trained.checkpoint,
+            seconds=trained.seconds,
+        )
+
+
+def finished_result(recipe: AnyStage, directory: Path) -> Result:
+    """Read the result of a finished run of the same recipe.
+
+    Raises:
+        RecipeError: it was another recipe.
+        CheckpointError: the result is damaged.
+    """
+    stored = load_recipe(directory / "recipe.yaml")
+    if isinstance(stored, PipelineRecipe):
+        raise CheckpointError(f"{directory / 'recipe.yaml'} is a pipeline beside a stage's result")
+    check_same_recipe(with_absolute_paths(recipe), recipe_facts(stored), directory)
+    found = read_result(directory)
+    checkpoint, metrics = found.get("checkpoint"), found["metrics"]
+    return Result(
+        directory,
+        directory / checkpoint if isinstance(checkpoint, str) else None,
+        {str(k): float(v) for k, v in metrics.items()} if isinstance(metrics, dict) else {},
+    )
 
 
 def _train(
-    recipe: PretrainRecipe | LinearRecipe | FinetuneRecipe | SupervisedRecipe | DistillRecipe,
+    recipe: AnyTraining,
     world: World,
     run: RunDirectory,
     progress: Progress,
@@ -97,137 +127,13 @@ def _neighbours(recipe: KnnRecipe, world: World, run: RunDirectory, progress: Pr
     started = time.monotonic()
     values, inputs = evaluate_neighbours(recipe, world=world, run=run)
     metrics = {"accuracy": values["knn/accuracy"]}
-    _write_result(
+    progress.note(summary(recipe, metrics, len(inputs.held_out or ())))
+    return write_result(
         recipe,
         run,
-        metrics,
         inputs,
+        metrics=metrics,
         examples=0,
         checkpoint=None,
         seconds=time.monotonic() - started,
     )
-    progress.note(_summary(recipe, metrics, len(inputs.held_out or ())))
-    return Result(run.path, None, metrics)
-
-
-def _conclude(
-    recipe: PretrainRecipe | LinearRecipe | FinetuneRecipe | SupervisedRecipe | DistillRecipe,
-    run: RunDirectory,
-    trained: Trained,
-    task: Task,
-    progress: Progress,
-) -> Result:
-    names = {
-        "held_out/accuracy": "accuracy",
-        "knn/accuracy": "knn_accuracy",
-        "probe/held_out_accuracy": "probe_accuracy",
-    }
-    metrics = {names[name]: value for name, value in trained.values.items()}
-    metrics["loss"] = trained.losses["train/loss"]
-    checkpoint = trained.checkpoint.relative_to(run.path)
-    _write_result(
-        recipe,
-        run,
-        metrics,
-        task.inputs,
-        examples=trained.examples,
-        checkpoint=checkpoint,
-        seconds=trained.seconds,
-    )
-    held_out = task.inputs.held_out
-    progress.end(_summary(recipe, metrics, 0 if held_out is None else len(held_out)))
-    return Result(run.path, trained.checkpoint, metrics)
-
-
-def _write_result(
-    recipe: AnyStage,
-    run: RunDirectory,
-    metrics: Mapping[str, float],
-    inputs: Inputs,
-    *,
-    examples: int,
-    checkpoint: Path | None,
-    seconds: float,
-) -> None:
-    parent = None if isinstance(recipe, PretrainRecipe | SupervisedRecipe) else recipe.parent
-    write_json(
-        run.result,
-        {
-            "stage": recipe.stage,
-            "examples": examples,
-            "metrics": dict(metrics),
-            "protocol": _protocol(recipe, inputs, examples),
-            "parent": None if parent is None else os.path.relpath(parent, run.path),
-            "checkpoint": None if checkpoint is None else checkpoint.as_posix(),
-            "seconds": round(seconds, 3),
-            "data": inputs.facts(),
-        },
-    )
-
-
-def _protocol(recipe: AnyStage, inputs: Inputs, examples: int) -> dict[str, object]:
-    return {
-        "encoder": ENCODER[recipe.stage],
-        "head_layer": 0 if isinstance(recipe, PretrainRecipe) else recipe.from_layer,
-        "epochs": round(examples / len(inputs.indices), 2),
-        "augmentation": _augmentation(recipe),
-        "seed": recipe.seed,
-        "n": 0 if inputs.held_out is None else len(inputs.held_out),
-        **_labels_used(recipe),
-        "checkpoint": "last",
-    }
-
-
-def _labels_used(recipe: AnyStage) -> dict[str, object]:
-    labels = None if isinstance(recipe, PretrainRecipe) else recipe.labels
-    if labels is not None:
-        return {
-            "labels_per_class": labels.per_class,
-            "labels_percent": labels.percent,
-            "draw": labels.draw,
-        }
-    names = ("labels_per_class", "labels_percent", "draw")
-    if isinstance(recipe, DistillRecipe) and recipe.parent is not None:
-        # A student has seen the labels its teacher saw.
-        text = (recipe.parent / "result.json").read_text(encoding="utf-8")
-        teacher = json.loads(text)["protocol"]
-        return {name: teacher[name] for name in names}
-    return dict.fromkeys(names)
-
-
-def _augmentation(recipe: AnyStage) -> str:
-    if isinstance(recipe, KnnRecipe):
-        return "none"
-    parts = ["crop"]
-    if recipe.augment.flip_probability > 0:
-        parts.append("flip")
-    if isinstance(recipe, PretrainRecipe):
-        augment = recipe.augment
-        if augment.colour_strength > 0 and augment.colour_probability > 0:
-            parts.append("colour")
-        if augment.grey_probability > 0:
-            parts.append("grey")
-        if augment.blur_probability > 0:
-            parts.append("blur")
-    return " + ".join(parts)
-
-
-def _summary(recipe: AnyStage, metrics: Mapping[str, float], held_out: int) -> str:
-    shown = [
-        f"{name.replace('_', ' ')} {100 * value:.1f}%"
-        for name, value in metrics.items()
-        if name.endswith("accuracy")
-    ]
-    where = f" on {held_out:,} held-out images" if shown else ""
-    return f"{recipe.stage}: {', '.join(shown) or 'done'}{where}"
-
-
-def _finished(recipe: AnyStage, run: RunDirectory, progress: Progress) -> Result:
-    stored = load_recipe(run.path / "recipe.yaml")
-    if isinstance(stored, PipelineRecipe):
-        raise RecipeError(f"{run.path} holds a pipeline; choose another --out")
-    check_same_recipe(recipe, recipe_facts(stored), run.path)
-    found = json.loads(run.result.read_text(encoding="utf-8"))
-    progress.note(f"{recipe.stage}: finished before, {run.path}")
-    checkpoint = found["checkpoint"]
-    return Result(run.path, None if checkpoint is None else run.path / checkpoint, found["metrics"])

@@ -1,15 +1,18 @@
 """What all training stages have in common: from an objective to a finished run directory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
+import torch
 from torch.optim import Optimizer
 
+from bigsimclr.data.loader import Loader
 from bigsimclr.engine import Objective
 from bigsimclr.engine.checkpoint import newest_checkpoint
 from bigsimclr.engine.loop import Evaluate, Intervals, Run, Trained, train
 from bigsimclr.engine.stop import StopRequest
+from bigsimclr.errors import RecipeError
 from bigsimclr.models import Architecture
 from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
@@ -26,15 +29,6 @@ from bigsimclr.stages.run_directory import (
     recipe_facts,
 )
 from bigsimclr.world import World
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a stage ended; also what `result.json` holds."""
-
-    directory: Path
-    checkpoint: Path | None
-    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -91,15 +85,40 @@ def run_training(
         records.write(examples=examples, step=step, values=both)
         progress.update(step, both)
 
+    loader = task.inputs.loader(recipe, views=task.views)
     try:
-        return train(
-            _assemble(recipe, task, plan, strategy, optimizer, run),
-            resume=resume,
-            stop=stop,
-            report=report,
-        )
+        with _explained_memory(plan):
+            return train(
+                _assemble(
+                    recipe,
+                    task,
+                    plan=plan,
+                    loader=loader,
+                    strategy=strategy,
+                    optimizer=optimizer,
+                    run=run,
+                ),
+                resume=resume,
+                stop=stop,
+                report=report,
+            )
     finally:
+        run.note_unreadable(loader.unreadable)
         records.close()
+
+
+@contextmanager
+def _explained_memory(plan: Plan) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        less = max(1, plan.micro_batch // 2)
+        raise RecipeError(
+            f"batch.micro_batch: out of memory with {plan.micro_batch} images per forward pass; "
+            f"batch.micro_batch={less} takes less for the same global batch"
+        ) from error
 
 
 def _optimizer_maker(recipe: AnyTraining, plan: Plan) -> MakeOptimizer:
@@ -115,7 +134,9 @@ def _optimizer_maker(recipe: AnyTraining, plan: Plan) -> MakeOptimizer:
 def _assemble(
     recipe: AnyTraining,
     task: Task,
+    *,
     plan: Plan,
+    loader: Loader,
     strategy: Strategy,
     optimizer: Optimizer,
     run: RunDirectory,
@@ -123,7 +144,7 @@ def _assemble(
     return Run(
         objective=task.objective,
         plan=plan,
-        loader=task.inputs.loader(recipe, views=task.views),
+        loader=loader,
         make_views=task.inputs.views,
         strategy=strategy,
         optimizer=optimizer,

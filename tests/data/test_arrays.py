@@ -1,5 +1,9 @@
+import errno
+import io
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,48 +85,129 @@ def test_arrays_are_read_grey_or_in_colour(tmp_path: Path) -> None:
     assert bare.train.labels.tolist() == [-1] * 4
 
 
+BOTH = pytest.mark.parametrize("open_images", [build_data, count_examples])
+OBJECTS = np.array([None, {}], dtype=object)
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("arrays", "text"),
     [
-        ({"images": np.zeros((2, 4, 4, 3), np.float32)}, "float32"),
+        ({"images": np.zeros((2, 4, 4, 3), np.float32)}, r"`images` is float32 \[2, 4, 4, 3\]; it"),
         ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, "must be uint8"),
         ({"images": np.zeros((0, 4, 4), np.uint8)}, "at least one image"),
-        ({"pictures": np.zeros((2, 4, 4), np.uint8)}, "images"),
-        ({"images": np.array([None, {}], dtype=object)}, "allow_pickle=False"),
+        ({"images": np.zeros((), np.uint8)}, r"`images` is uint8 \[\]"),
+        ({"pictures": np.zeros((2, 4, 4), np.uint8)}, "no array `images`; it holds pictures$"),
+        ({}, "no array `images`; it holds nothing$"),
+        ({"images": OBJECTS}, "`images` holds pickled Python objects; they are never read"),
+        (
+            {"images": np.zeros((2, 4, 4), np.uint8), "labels": OBJECTS},
+            "`labels` holds pickled Python objects; they are never read",
+        ),
     ],
 )
 def test_arrays_of_another_kind_are_refused(
-    tmp_path: Path, arrays: dict[str, np.ndarray], text: str
+    tmp_path: Path,
+    arrays: dict[str, np.ndarray],
+    text: str,
+    open_images: Callable[[ArraysData], object],
 ) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, **arrays)
-    with pytest.raises(DataError, match=text):
-        build_data(ArraysData(kind="arrays", root=path))
-    with pytest.raises(DataError):
-        count_examples(ArraysData(kind="arrays", root=path))
+    with pytest.raises(DataError, match=rf"^data\.root: \S+x\.npz.*{text}"):
+        open_images(ArraysData(kind="arrays", root=path))
 
 
+@BOTH
 @pytest.mark.parametrize("labels", [np.zeros(3, np.int64), np.zeros(2, np.float64)])
-def test_labels_must_fit_the_images(tmp_path: Path, labels: np.ndarray) -> None:
+def test_labels_must_fit_the_images(
+    tmp_path: Path, labels: np.ndarray, open_images: Callable[[ArraysData], object]
+) -> None:
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 4, 4), np.uint8), labels=labels)
-    with pytest.raises(DataError, match="labels"):
-        build_data(ArraysData(kind="arrays", root=tmp_path / "x.npz"))
+    with pytest.raises(DataError, match=r"`labels` is .*; it must be whole numbers \[2\]"):
+        open_images(ArraysData(kind="arrays", root=tmp_path / "x.npz"))
 
 
-def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.npz").write_text("<html>")
-    for name in ("x.npz", "missing.npz"):
-        section = ArraysData(kind="arrays", root=tmp_path / name)
-        with pytest.raises(DataError, match="cannot be read"):
-            build_data(section)
-        with pytest.raises(DataError, match="cannot be read"):
-            count_examples(section)
+@BOTH
+def test_files_that_are_no_arrays_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_images: Callable[[ArraysData], object]
+) -> None:
+    def refused(name: str, text: str) -> None:
+        with pytest.raises(DataError, match=text):
+            open_images(ArraysData(kind="arrays", root=Path(name)))
+
+    monkeypatch.chdir(tmp_path)
+    Path("classes.csv").write_text("name,class\n")
+    Path("empty.npz").touch()
+    np.save("one.npy", np.zeros((2, 4, 4), np.uint8))
+    np.save("pickled.npy", OBJECTS)
+    for name in ("classes.csv", "empty.npz", "one.npy", "pickled.npy"):
+        refused(
+            name, rf"^data\.root: {name} is not a \.npz file; write one with numpy\.savez\(FILE,"
+        )
+    Path("set").mkdir()
+    refused("set", r"^data\.root: set is a folder, not a file; data\.kind=folder reads folders")
+    refused(
+        "none.npz",
+        r"^data\.root: none\.npz does not exist \(relative to the current directory\);"
+        r" give the \.npz file with data\.root=FILE$",
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.savez("good.npz", images=np.zeros((2, 4, 4), np.uint8))
+    open_images(ArraysData(kind="arrays", root=Path("~/good.npz")))
+
+
+@BOTH
+def test_a_failing_disk_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_images: Callable[[ArraysData], object]
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    np.savez(tmp_path / "x.npz", images=np.zeros((2, 4, 4), np.uint8))
+    monkeypatch.setattr(zipfile.ZipFile, "open", failing)
+    with pytest.raises(DataError, match=r"^data\.root: \S+x\.npz: Input/output error$"):
+        open_images(ArraysData(kind="arrays", root=tmp_path / "x.npz"))
+
+
+def test_damaged_arrays_are_refused_without_foreign_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 40, 40), dtype=np.uint8)
+    for save in (np.savez, np.savez_compressed):
+        save(path, images=images)
+        whole = path.read_bytes()
+        for place in (len(whole) // 2, len(whole) // 3):
+            content = bytearray(whole)
+            content[place : place + 8] = bytes(8)
+            path.write_bytes(content)
+            with pytest.raises(
+                DataError, match=r"x\.npz is damaged: `images` cannot be read; write"
+            ):
+                build_data(ArraysData(kind="arrays", root=path))
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(DataError, match=r"is not a \.npz file"):
+            build_data(ArraysData(kind="arrays", root=path))
+
+
+@pytest.mark.parametrize("version", [(1, 0), (9, 9)])
+def test_a_header_that_promises_too_much_is_refused(
+    tmp_path: Path, version: tuple[int, int]
+) -> None:
+    stream = io.BytesIO()
+    promised = {"descr": "|u1", "fortran_order": False, "shape": (1 << 40, 8, 8)}
+    np.lib.format.write_array_header_1_0(stream, promised)
+    content = stream.getvalue()
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("images.npy", content[:6] + bytes(version) + content[8:] + bytes(64))
+    with pytest.raises(DataError, match="is damaged: `images`"):
+        count_examples(ArraysData(kind="arrays", root=tmp_path / "x.npz"))
 
 
 def test_counting_loads_neither_torch_nor_scikit_learn() -> None:
     code = (
         "import sys; from bigsimclr.data import count_examples;"
-        "from bigsimclr.recipe.schema import DigitsData;"
+        "from bigsimclr.recipe.sections import DigitsData;"
         "count_examples(DigitsData(kind='digits'));"
         "assert not {'torch', 'sklearn', 'PIL'} & set(sys.modules)"
     )

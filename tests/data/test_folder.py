@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,9 @@ def test_held_out_folders_use_the_training_classes(class_folder: Path) -> None:
     assert splits.held_out.labels.tolist() == [2]
     (root / "val" / "bird").mkdir()
     os.link(class_folder / "class_2/02.png", root / "val/bird/x.png")
-    with pytest.raises(DataError, match="classes without training images: bird"):
+    with pytest.raises(
+        DataError, match=r"^data\.held_out: .* 1 class without training images: bird"
+    ):
         build_data(section)
 
 
@@ -69,7 +72,9 @@ def test_unlabelled_folders_nest_as_they_like(class_folder: Path, png: Encode) -
     assert len(source) == 14
     assert source.classes == ()
     assert set(source.labels.tolist()) == {-1}
-    with pytest.raises(DataError, match=r"beside the class folders: beside\.png"):
+    with pytest.raises(
+        DataError, match=r"1 image lies beside the class folders: beside\.png; move it"
+    ):
         build_data(FolderData(kind="folder", root=class_folder))
 
 
@@ -110,8 +115,65 @@ def test_an_empty_folder_says_what_it_holds(tmp_path: Path) -> None:
     section = FolderData(kind="folder", root=tmp_path)
     with pytest.raises(DataError, match=r"holds 0 images .*\.jpg.*3 x \.dcm, 1 x \.txt"):
         count_examples(section)
-    with pytest.raises(DataError, match="is not a folder"):
-        count_examples(FolderData(kind="folder", root=tmp_path / "none"))
+
+
+@pytest.mark.parametrize("open_images", [build_data, count_examples])
+def test_a_folder_that_is_none_names_its_key(
+    class_folder: Path, monkeypatch: pytest.MonkeyPatch, open_images: Callable[..., object]
+) -> None:
+    def section(**keys: object) -> FolderData:
+        keys["root"] = Path(str(keys["root"]))
+        return FolderData.model_validate({"kind": "folder", **keys})
+
+    monkeypatch.chdir(class_folder.parent)
+    with pytest.raises(
+        DataError,
+        match=r"^data\.root: none does not exist \(relative to the current directory\);"
+        r" give the folder of the images with data\.root=DIR$",
+    ):
+        open_images(section(root="none"))
+    with pytest.raises(DataError, match=r"^data\.root: /none/x does not exist; give"):
+        open_images(section(root="/none/x"))
+    with pytest.raises(DataError, match=r"^data\.root: \S+00\.png is a file, not a folder; give"):
+        open_images(section(root=class_folder / "class_0/00.png"))
+    with pytest.raises(
+        DataError,
+        match=r"^data\.train: set/trian does not .*; set holds class_0, class_1, class_2$",
+    ):
+        open_images(section(root="set", train="trian"))
+    with pytest.raises(DataError, match=r"^data\.held_out: set/val does not exist"):
+        open_images(section(root="set", train="class_0", held_out="val"))
+    monkeypatch.setenv("HOME", str(class_folder.parent))
+    open_images(section(root="~/set"))
+    with pytest.raises(DataError, match=r"^data\.root: ~nobody_here/x: there is no such home$"):
+        open_images(section(root="~nobody_here/x"))
+
+
+def test_messages_name_no_key_where_no_recipe_is_meant() -> None:
+    with pytest.raises(
+        DataError, match=r"^none does not exist \(relative to the current dir\w+\)$"
+    ):
+        training_folder(Path("none"), ".", labelled=False, root_key="")
+
+
+@pytest.mark.parametrize("open_images", [build_data, count_examples])
+def test_class_folders_without_images_are_named(
+    class_folder: Path, open_images: Callable[..., object]
+) -> None:
+    (class_folder / "bird").mkdir()
+    with pytest.raises(
+        DataError,
+        match=r"^data\.root: \S+/set: 1 class folder without an image of its own: bird;"
+        r" put images there, or remove it$",
+    ):
+        open_images(FolderData(kind="folder", root=class_folder))
+    (class_folder / "again").symlink_to(class_folder / "class_0")
+    (class_folder / "bird/notes.txt").write_text("none yet")
+    with pytest.raises(DataError, match="2 class folders without an image of their own: again, b"):
+        open_images(FolderData(kind="folder", root=class_folder))
+    open_images(FolderData(kind="folder", root=class_folder, labelled=False))
+    (class_folder / "class_1/empty").mkdir()
+    open_images(FolderData(kind="folder", root=class_folder, train="class_1"))
 
 
 def test_links_and_pipes_neither_loop_nor_hang(
@@ -122,7 +184,7 @@ def test_links_and_pipes_neither_loop_nor_hang(
     (class_folder / "class_0/broken.png").symlink_to(class_folder / "nothing.png")
     os.mkfifo(class_folder / "class_1/pipe.png")
     assert len(training_folder(class_folder, ".", labelled=True)) == 12
-    assert "2 entries" in caplog.text
+    assert "2 entries have names of images, are not files, and are left out: " in caplog.text
     assert "class_1/pipe.png" in caplog.text
     with pytest.raises(DataError, match="not a regular file"):
         read_regular(class_folder / "class_1/pipe.png")

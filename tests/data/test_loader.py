@@ -160,7 +160,7 @@ def test_unreadable_images_are_replaced_the_same_everywhere(
         "image-000002": "broken on purpose",
         "image-000007": "broken on purpose",
     }
-    assert caplog.text.count("image-000002 cannot be read and is replaced") == 1
+    assert caplog.text.count("image-000002 cannot be read and is replaced (") == 1
     intact = walked(Single(pictures))
     wrong = (intact.indices == 2) | (intact.indices == 7)
     assert wrong.sum() >= 6
@@ -184,8 +184,8 @@ def test_too_many_unreadable_images_stop_the_run(pictures: NDArray[np.uint8], wo
     source = Single(pictures, broken=(2, 7))
     with pytest.raises(
         DataError,
-        match=r"^2 of 12 images \(16\.67%\) cannot be read, limit 0\.10% "
-        r"\(input\.unreadable_limit\)\. First: image-00000[27]: broken on purpose$",
+        match=r"^2 of 12 images \(16\.67%\) cannot be read, first image-00000[27]: broken on "
+        r"purpose\. input\.unreadable_limit=0\.001 allows 1: repair or remove them, or raise it$",
     ):
         walked(source, steps=12, workers=workers)
     with pytest.raises(DataError, match="1 of 12 images"):
@@ -234,13 +234,67 @@ def test_evaluation_leaves_out_what_it_cannot_read(
     )
     shown = [batch.indices.tolist() for batch in batches]
     assert shown == [[0, 1], [4], [6, 7], [8, 9], [10, 11]]
-    assert "image-000003 cannot be read and is left out: broken on purpose" in caplog.text
+    told = "image-000003 cannot be read and is left out (2 of at most 3): broken on purpose"
+    assert told in caplog.text
     with pytest.raises(DataError, match="3 of 12 images"):
         list(
             evaluation_batches(
                 source, indices=everything, settings=DISTORT, batch_size=2, unreadable_limit=0.1
             )
         )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_tells_its_caller_what_it_leaves_out(
+    pictures: NDArray[np.uint8], caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    everything = np.arange(12)
+    told = {"image-000005": "known before"}
+    for source, left in (
+        (Single(pictures, broken=(2, 3, 5)), [0, 1, 4, 6, 7, 8, 9, 10, 11]),
+        (Single(pictures, broken=tuple(range(12))), []),
+    ):
+        batches = evaluation_batches(
+            source,
+            indices=everything,
+            settings=DISTORT,
+            batch_size=2,
+            workers=workers,
+            unreadable_limit=1.0,
+            unreadable=told,
+        )
+        assert [index for batch in batches for index in batch.indices.tolist()] == left
+        assert set(told.values()) == {"broken on purpose"}
+        if left:
+            assert sorted(told) == ["image-000002", "image-000003", "image-000005"]
+            assert "image-000002 cannot be read and is left out: broken" in caplog.text
+    assert len(told) == 12
+    assert len(caplog.records) == 11
+
+
+def test_no_image_is_said_to_be_left_out_when_the_run_stops(
+    pictures: NDArray[np.uint8], caplog: pytest.LogCaptureFixture
+) -> None:
+    told: dict[str, str] = {}
+    with pytest.raises(DataError, match=r"unreadable_limit=0 allows 0"):
+        list(
+            evaluation_batches(
+                Single(pictures, broken=(2,)),
+                indices=np.arange(12),
+                settings=DISTORT,
+                batch_size=2,
+                unreadable_limit=0.0,
+                unreadable=told,
+            )
+        )
+    assert told == {"image-000002": "broken on purpose"}
+    assert not caplog.records
+    with pytest.raises(DataError, match="2 of 12 images"):
+        walked(Single(pictures, broken=(2, 7)), steps=12)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] in (
+        ["image-000002 cannot be read and is replaced (1 of at most 1)"],
+        ["image-000007 cannot be read and is replaced (1 of at most 1)"],
+    )
 
 
 def test_the_death_of_a_worker_is_named(pictures: NDArray[np.uint8]) -> None:

@@ -63,6 +63,9 @@ def test_files_may_be_held_out(root: Path) -> None:
     assert splits.held_out is not None
     assert count_examples(section) == (len(splits.train), len(splits.held_out)) == (12, 2)
     assert splits.held_out.labels.tolist() == [2, -1]
+    assert splits.held_out_keys == "data.held_out"
+    with pytest.raises(DataError, match=r"^data\.held_out: \S+ has no files none\*;"):
+        build_data(section.model_copy(update={"held_out": "none*"}))
 
 
 def test_a_share_may_be_held_out(root: Path, pictures: NDArray[np.uint8]) -> None:
@@ -109,9 +112,22 @@ def test_the_fingerprint_notices_changes(tmp_path: Path) -> None:
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     section = ParquetData(kind="parquet", root=folder)
-    with pytest.raises(DataError, match="has no files"):
+    with pytest.raises(DataError, match=r"^data\.root: \S+/s does not exist; give the folder"):
         count_examples(section)
     folder.mkdir()
+    with pytest.raises(DataError, match=r"^data\.train: \S+/s has no files .*; it holds nothing$"):
+        count_examples(section)
+    (folder / "val.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no files train\*\.parquet; it holds val\.parquet$"):
+        build_data(section)
+    with pytest.raises(DataError, match=r"data\.train: '/x\*' is not a pattern"):
+        build_data(section.model_copy(update={"train": "/x*"}))
+    with pytest.raises(
+        DataError,
+        match=r"^data\.root: \S+val\.parquet is a file, not a folder;"
+        r" give its folder as data\.root and its name as data\.train$",
+    ):
+        build_data(section.model_copy(update={"root": folder / "val.parquet"}))
     (folder / "train.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="not a parquet file"):
         count_examples(section)
@@ -132,7 +148,7 @@ def test_a_missing_package_is_named() -> None:
         "from pathlib import Path\n"
         "from bigsimclr.data import count_examples\n"
         "from bigsimclr.errors import MissingExtraError\n"
-        "from bigsimclr.recipe.schema import ParquetData\n"
+        "from bigsimclr.recipe.sections import ParquetData\n"
         "try: count_examples(ParquetData(kind='parquet', root=Path('x')))\n"
         "except MissingExtraError as error: assert \"'bigsimclr[parquet]'\" in str(error)\n"
         "else: raise SystemExit(1)"

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigsimclr.data.arrays import ArraySource
+from bigsimclr.data import build_data
+from bigsimclr.data.arrays import ArraySource, digits
 from bigsimclr.data.subsets import (
     held_out_count,
     read_list,
@@ -14,6 +15,7 @@ from bigsimclr.data.subsets import (
     write_list,
 )
 from bigsimclr.errors import DataError
+from bigsimclr.recipe.sections import DigitsData
 
 COUNTS = (50, 7, 200, 13, 1)
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(5), COUNTS))
@@ -89,13 +91,64 @@ def test_hidden_labels_are_never_chosen() -> None:
 
 
 def test_too_few_images_name_the_class() -> None:
-    with pytest.raises(DataError, match="'c4' has 1 images, 2 per class"):
+    with pytest.raises(
+        DataError,
+        match=r"^labels\.per_class: class 'c4' has 1 training image, 2 per class are asked for$",
+    ):
         select_labels(source(), per_class=2)
     with pytest.raises(DataError, match="no labels"):
         select_labels(Named(["a"], np.array([-1]), 0), percent=1)
     for wrong in ({}, {"per_class": 1, "percent": 1.0}):
         with pytest.raises(ValueError, match="one of"):
             select_labels(source(), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("kept", "rest"),
+    [
+        (0, r"0 training images, 1 per class is asked for; 3 more are held out \(data\.held_out\)"),
+        (1, r"1 training image, 2 per class are asked for; 2 more are held out \(data\.held_out\)"),
+        (2, r"2 training images, 3 per class are asked for; 1 more is held out \(data\.held_out\)"),
+        (3, r"3 training images, 4 per class are asked for"),
+    ],
+)
+def test_too_few_images_say_that_the_rest_is_held_out(kept: int, rest: str) -> None:
+    train = Named([f"{i}" for i in range(9 + kept)], np.array([0] * 9 + [1] * kept), 2)
+    apart = Named([f"h{i}" for i in range(3 - kept)], np.full(3 - kept, 1), 2)
+    with pytest.raises(DataError, match=rf"^labels\.per_class: class 'c1' has {rest}$"):
+        select_labels(train, per_class=kept + 1, held_out=apart, held_out_keys="data.held_out")
+
+
+def test_listed_images_that_are_held_out_are_called_so() -> None:
+    train = Named(["n01/a.JPEG", "n01/b.JPEG"], np.array([0, 0]), 1)
+    apart = Named(["n01/c.JPEG", "n01/d.JPEG"], np.array([0, 0]), 1)
+    listed, path = ["a.JPEG", "c.JPEG", "n01/d.JPEG", "none.JPEG"], Path("few\n.txt")
+    with pytest.raises(
+        DataError,
+        match=r"^labels\.list: few\\n\.txt: 2 listed images are held out"
+        r" \(data\.held_out_fraction, data\.split_seed\): c\.JPEG, n01/d\.JPEG;"
+        r" draw the list with the same data keys$",
+    ):
+        select_labels(train, names=listed, list_path=path, held_out=apart)
+    with pytest.raises(DataError, match=r"1 listed image is held out \(.*\): c\.JPEG;"):
+        select_labels(train, names=listed[:2], held_out=apart)
+    with pytest.raises(
+        DataError, match=r"^labels\.list: 1 listed name is not among the images: none\.JPEG$"
+    ):
+        select_labels(train, names=[listed[3]], held_out=apart)
+
+
+def test_a_list_of_another_split_names_the_keys() -> None:
+    section = DigitsData(kind="digits", held_out_fraction=0.5)
+    splits, whole = build_data(section), digits()
+    names = [whole.name(index) for index in range(20)]
+    with pytest.raises(DataError, match=r"held out \(data\.held_out_fraction, data\.split_seed\)"):
+        select_labels(
+            splits.train,
+            names=names,
+            held_out=splits.held_out,
+            held_out_keys=splits.held_out_keys,
+        )
 
 
 def test_lists_match_names_and_file_names() -> None:
@@ -106,9 +159,9 @@ def test_lists_match_names_and_file_names() -> None:
     assert select_labels(images, names=["n02/same.JPEG"]).tolist() == [3]
     with pytest.raises(DataError, match=r"4 listed names .* a, b\\x1b, c, \.\.\."):
         select_labels(images, names=["a", "b\x1b", "c", "d", "n01_1.JPEG"])
-    with pytest.raises(DataError, match=r"stand for several images: same\.JPEG"):
+    with pytest.raises(DataError, match=r"1 listed name stands for several images: same\.JPEG"):
         select_labels(images, names=["same.JPEG"])
-    with pytest.raises(DataError, match=r"no label: n01/same\.JPEG"):
+    with pytest.raises(DataError, match=r"1 listed image has no label: n01/same\.JPEG"):
         select_labels(images, names=["n01/same.JPEG"])
     with pytest.raises(DataError, match="empty"):
         select_labels(images, names=[])
@@ -122,8 +175,23 @@ def test_lists_are_written_and_read_back(tmp_path: Path) -> None:
     assert read_list(tmp_path / "official.txt") == ["n01_1.JPEG", "n02_7.JPEG"]
     with pytest.raises(DataError, match="line breaks"):
         write_list(tmp_path / "bad.txt", ["a\nb"])
-    with pytest.raises(DataError, match="No such file"):
-        read_list(tmp_path / "none.txt")
+
+
+def test_a_list_that_is_no_file_names_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError,
+        match=r"^labels\.list: none\.txt does not exist \(relative to the current directory\);"
+        r" give a list of image names with labels\.list=FILE$",
+    ):
+        read_list(Path("none.txt"))
+    with pytest.raises(DataError, match=rf"^other: {tmp_path} is a folder, not a file$"):
+        read_list(tmp_path, key="other")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "few.txt").write_text("a.png\n")
+    assert read_list(Path("~/few.txt")) == ["a.png"]
 
 
 def test_the_hash_is_of_the_set() -> None:

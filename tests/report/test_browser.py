@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -81,4 +82,26 @@ def test_narrow_page_does_not_scroll_sideways(page, tmp_path):
 def test_dom_contains_the_verdict(page, tmp_path):
     dom = html.unescape(browse(page, tmp_path / "profile", "--dump-dom"))
     verdict = json.loads(page.with_name("report.json").read_text())["verdict"]
-    assert f"<h1>{verdict}</h1>" in dom
+    assert f"<h1>{verdict}</h1>" in dom.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def sideways(page: Path, folder: Path, width: int) -> list[bool]:
+    """Say of each open table, in order, whether it is wider than its card in a narrow window."""
+    measure = (
+        "<script>addEventListener('load', () => { document.title = JSON.stringify("
+        "[...document.querySelectorAll('.scroll')].filter(e => e.checkVisibility())"
+        ".map(e => e.scrollWidth > e.clientWidth)); });</script>"
+    )
+    copy = folder / "measured.html"
+    open_page = re.sub(r"<meta http-equiv[^>]*>", measure, page.read_text(encoding="utf-8"))
+    copy.write_text(open_page, encoding="utf-8")
+    dom = browse(copy, folder / "profile", f"--window-size={width},900", "--dump-dom")
+    found = re.search(r"<title>(\[.*?\])</title>", dom)
+    assert found is not None
+    return json.loads(found[1])
+
+
+# 1085: a window of 1100 pixels with a scroll bar.
+@pytest.mark.parametrize(("width", "expected"), [(1085, [False] * 3), (500, [False, True, True])])
+def test_tables_fit_their_window(width, expected, page, tmp_path):
+    assert sideways(page, tmp_path, width) == expected

@@ -206,7 +206,11 @@ def test_page_shows_numbers_with_their_protocol(pipeline):
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
     assert "48 of 48 runs finished" in text
     assert "finetune 81.0 ± 2.0 fine-tuned 1 / class 0\N{EN DASH}4 0 1 40.08 crop last 360" in text
-    assert "1 label per class 72.0 ± 2.0 (5) 81.0 ± 2.0 (5) 86.0 ± 2.0 (5) +14.0" in text
+    assert "1 / class 72.0 ± 2.0 81.0 ± 2.0 86.0 ± 2.0 +14.0" in text
+    assert "sample standard deviation over 5 label draws. Gain" in text
+    assert "86.0% ± 2.0, 1 label per class" in text
+    assert "Draw no. Seed Head layer Epochs" in text
+    assert "86.0%\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}2.0" in page
     assert "2 ln(2N \N{MINUS SIGN} 1) = 12.47 for N = 256" in text
     assert "One of the 360 held-out images is 0.28 points." in text
     assert "labels.per_class = 1, 2, 5; labels.draw = 0, 1, 2, 3, 4" in text

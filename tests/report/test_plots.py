@@ -11,6 +11,7 @@ from bigsimclr.report.plots import (
     LIGHT,
     Curve,
     Series,
+    _spread_out,
     in_dark,
     label_efficiency_svg,
     plain,
@@ -52,6 +53,37 @@ def test_accuracy_never_goes_beyond_100():
     curves = [curve("a", [90, 99.9, 100])]
     found = texts(label_efficiency_svg(curves, axis="labels"))
     assert max(float(t) for t in found if re.fullmatch(r"\d+(\.\d+)?", t)) <= 101
+
+
+def ticks(svg: str) -> list[float]:
+    """Return the numbers along the vertical axis, which stand left of all others."""
+    found = {t: at for t, at in texts(svg).items() if re.fullmatch(r"\d+(\.\d+)?%?", t)}
+    left = min(x for x, _ in found.values())
+    return sorted(float(t.rstrip("%")) for t, (x, _) in found.items() if x < left + 15)
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.3, 40.0, 99.9, 100.0])
+def test_a_single_accuracy_stands_on_an_axis_of_twenty_points(accuracy):
+    single = Curve("a", "ours", "o", [1], [accuracy], [0.0], [[accuracy]])
+    found = ticks(label_efficiency_svg([single], axis="labels"))
+    assert found[-1] - found[0] >= 10
+    assert 0 <= found[0] <= found[-1] <= 100
+    assert len(found) >= 3
+
+
+@pytest.mark.parametrize("from_zero", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.045, 0.4, 1.0])
+def test_a_level_share_is_not_blown_up(share, from_zero):
+    line = Series("", "ours", [1, 2, 3], [share, share + 1e-4, share])
+    found = ticks(series_svg([line], scale="percent", x_label="x", from_zero=from_zero))
+    assert found[-1] - found[0] >= 5
+    assert 0 <= found[0] <= found[-1] <= 100
+
+
+def test_names_part_evenly_and_only_where_they_must():
+    assert _spread_out([10.0, 10.0, 50.0], 4.0) == [8.0, 12.0, 50.0]
+    assert _spread_out([10.0, 11.0, 13.0], 4.0) == pytest.approx([22 / 3, 34 / 3, 46 / 3])
+    assert _spread_out([], 4.0) == []
 
 
 @pytest.mark.parametrize("narrow", [False, True])

@@ -111,6 +111,42 @@ def test_bar_shows_counts_values_and_gives_the_cursor_back(turned):
     assert drawn.count("\x1b[?25l") == drawn.count("\x1b[?25h") == 1
 
 
+ALL_VALUES = {
+    **VALUES,
+    "knn/accuracy": 0.95,
+    "train/data_wait": 0.04,
+}
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 99, 100, 120, 200])
+def test_nothing_is_cut_off_at_any_width(width, turned):
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=width, color_system=None)
+    shown = Progress(console, enabled=True)
+    shown.begin("pretrain", 1123, 0, "x")
+    turned.now += 1
+    shown.update(562, ALL_VALUES)
+    drawn = stream.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in drawn
+    assert "562/1123" in drawn
+    assert "loss 3.76" in drawn
+    if width >= 80:
+        for part in ("pairs 31", "knn 95.0%", "2,412 img/s", "wait 4%"):
+            assert part in drawn
+    assert ("\N{BOX DRAWINGS HEAVY HORIZONTAL}" in drawn) == (width >= 100)
+    shown.end("done")
+
+
+def test_headline_says_less_where_there_is_less_room():
+    whole = headline(ALL_VALUES)
+    assert headline(ALL_VALUES, room=len(whole)) == whole
+    assert headline(ALL_VALUES, room=52) == "loss 3.76 pairs 31% knn 95.0% 2,412 img/s wait 4%"
+    assert headline(ALL_VALUES, room=33) == "loss 3.76  knn 95.0%  2,412 img/s"
+    assert headline(ALL_VALUES, room=20) == "loss 3.76  knn 95.0%"
+    assert headline(ALL_VALUES, room=9) == "loss 3.76"
+    assert headline(ALL_VALUES, room=3) == headline(ALL_VALUES, room=-9) == ""
+
+
 def test_a_bar_that_is_dropped_gives_the_cursor_back(turned):
     stream = io.StringIO()
     shown = Progress(Console(file=stream, force_terminal=True, width=80), enabled=True)

@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bigsimclr.engine.checkpoint import newest_checkpoint
-from bigsimclr.errors import CheckpointError, DataError, RecipeError
+from bigsimclr.errors import CheckpointError, DataError, RecipeError, StorageError
+from bigsimclr.recipe.plan import make_plan
+from bigsimclr.stages.embed import embed, embed_to_file, predict_to_file
 from bigsimclr.stages.load import load_run
+from bigsimclr.stages.training import _explained_memory
 from tests.stages import tiny
 
 
@@ -180,8 +185,6 @@ def test_pretraining_needs_a_full_batch(tmp_path: Path) -> None:
 
 
 def test_images_without_labels_pretrain_but_do_not_finetune(tmp_path: Path, parent: Path) -> None:
-    from PIL import Image
-
     folder = tmp_path / "images"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -193,3 +196,119 @@ def test_images_without_labels_pretrain_but_do_not_finetune(tmp_path: Path, pare
     assert result_of(tmp_path / "a")["metrics"].keys() == {"loss"}
     with pytest.raises(DataError, match="sub-folder per class"):
         tiny.run(tiny.FINETUNE, tmp_path / "b", f"parent={parent}", *keys)
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path: Path) -> None:
+    images = np.zeros((12, 8, 8, 3), dtype=np.uint8)
+    images += np.arange(12, dtype=np.uint8)[:, None, None, None] * 20
+    np.savez(tmp_path / "x.npz", images=images, labels=np.arange(12) % 3)
+    data = "data={kind: arrays, root: " + str(tmp_path / "x.npz") + "}"
+    tiny.run(tiny.SUPERVISED, tmp_path / "teacher", data)
+    with pytest.raises(DataError, match=r"knows 3 classes .* the images have 10 classes"):
+        tiny.run(tiny.DISTILL, tmp_path / "student", f"parent={tmp_path / 'teacher'}")
+
+
+def test_a_parent_of_another_stage_is_refused(tmp_path: Path, parent: Path) -> None:
+    with pytest.raises(RecipeError, match="is a pretrain run; this stage needs a finetune"):
+        tiny.run(tiny.DISTILL, tmp_path / "a", f"parent={parent}")
+    tiny.run(tiny.FINETUNE, tmp_path / "b", f"parent={parent}")
+    with pytest.raises(RecipeError, match="is a finetune run; this stage needs a pretrain run"):
+        tiny.run(tiny.FINETUNE, tmp_path / "c", f"parent={tmp_path / 'b'}")
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(RecipeError, match=r"it holds holiday\.jpg; choose another --out"):
+        tiny.run(tiny.SUPERVISED, tmp_path / "photos")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
+    with pytest.raises(RecipeError, match="is a file"):
+        tiny.run(tiny.SUPERVISED, tmp_path / "photos" / "holiday.jpg")
+
+
+def test_one_class_is_nothing_to_learn(tmp_path: Path) -> None:
+    images = np.arange(8 * 192, dtype=np.uint8).reshape(8, 8, 8, 3)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.zeros(8, dtype=np.int64))
+    data = "data={kind: arrays, root: " + str(tmp_path / "x.npz") + "}"
+    with pytest.raises(DataError, match="one class"):
+        tiny.run(tiny.SUPERVISED, tmp_path / "a", data)
+
+
+def test_paths_mean_the_same_in_any_directory(
+    tmp_path: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.run(tiny.FINETUNE, tmp_path / "a", f"parent={parent}")
+    monkeypatch.chdir(parent.parent)
+    tiny.run(tiny.FINETUNE, tmp_path / "a", f"parent={parent.name}")
+
+
+def test_out_of_memory_names_a_smaller_micro_batch() -> None:
+    plan = make_plan(tiny.recipe_of(tiny.PRETRAIN), examples=64)
+    with pytest.raises(RecipeError, match=r"batch\.micro_batch=16"), _explained_memory(plan):
+        torch.empty(1 << 50)
+    with pytest.raises(RuntimeError, match="shapes"), _explained_memory(plan):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+@pytest.fixture
+def broken_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(40):
+        pixels = np.full((9, 9, 3), 6 * number, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    (folder / "05.png").write_bytes(b"")
+    (folder / "17.png").write_bytes(b"<html>")
+    return folder
+
+
+def test_unreadable_images_are_listed_in_the_run(tmp_path: Path, broken_folder: Path) -> None:
+    tiny.run(
+        tiny.PRETRAIN,
+        tmp_path / "a",
+        "input.unreadable_limit=0.1",
+        "data={kind: folder, root: " + str(broken_folder) + ", labelled: false}",
+    )
+    lines = (tmp_path / "a" / "unreadable.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["05.png", "17.png"]
+    assert all(line.split("\t")[1] for line in lines)
+    assert result_of(tmp_path / "a")["data"]["unreadable"] == 2
+
+
+def test_embedding_and_predicting_leave_unreadable_images_out(
+    tmp_path: Path, broken_folder: Path
+) -> None:
+    tiny.run(tiny.SUPERVISED, tmp_path / "a")
+    written = embed_to_file(tmp_path / "a", broken_folder, tmp_path / "deep" / "e.npz")
+    assert (written.images, written.unreadable) == (38, ("05.png", "17.png"))
+    stored = np.load(tmp_path / "deep" / "e.npz", allow_pickle=False)
+    assert stored["features"].shape == (38, 32)
+    assert stored["features"].dtype == np.float32
+    assert stored["names"][0] == "00.png"
+    images = torch.from_numpy(np.full((1, 3, 8, 8), 0, dtype=np.uint8))
+    direct = embed(load_run(tmp_path / "a").model, images)
+    np.testing.assert_allclose(stored["features"][:1], direct.numpy(), rtol=1e-4, atol=1e-5)
+    predicted = predict_to_file(tmp_path / "a", broken_folder, tmp_path / "c.csv")
+    rows = (tmp_path / "c.csv").read_text().splitlines()
+    assert predicted.images == 38
+    assert rows[0] == "name,class,probability"
+    assert len(rows) == 39
+    assert rows[1].split(",")[1] in tuple("0123456789")
+
+
+def test_outputs_are_tried_before_the_work(tmp_path: Path, broken_folder: Path) -> None:
+    tiny.run(tiny.SUPERVISED, tmp_path / "a")
+    (tmp_path / "x.csv").mkdir()
+    with pytest.raises(StorageError, match="is a directory"):
+        predict_to_file(tmp_path / "a", broken_folder, tmp_path / "x.csv")
+    with pytest.raises(RecipeError, match=r"ends in \.csv"):
+        predict_to_file(tmp_path / "a", broken_folder, tmp_path / "x.npz")
+    with pytest.raises(StorageError, match="cannot be written"):
+        embed_to_file(tmp_path / "a", broken_folder, Path("/proc/x.npz"))
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    tiny.run(tiny.SUPERVISED, tmp_path / "a")
+    (tmp_path / "a" / "result.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"result\.json"):
+        tiny.run(tiny.SUPERVISED, tmp_path / "a")

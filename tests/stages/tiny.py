@@ -6,8 +6,8 @@ from bigsimclr.engine.stop import StopRequest
 from bigsimclr.recipe import parse_recipe
 from bigsimclr.recipe.schema import AnyStage, PipelineRecipe
 from bigsimclr.report.progress import show_progress
+from bigsimclr.stages.result import Result
 from bigsimclr.stages.single import run_stage
-from bigsimclr.stages.training import Result
 
 COMMON = """
 data: {kind: digits}
