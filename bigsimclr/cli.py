@@ -5,16 +5,13 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from typer.core import TyperCommand
 from typing_extensions import override
 
 from bigsimclr.errors import BigSimCLRError, RecipeError, Stopped
-
-if TYPE_CHECKING:
-    from bigsimclr.recipe.schema import AnyStage, FinetuneRecipe, LinearRecipe, SupervisedRecipe
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 unexpected, 2 usage or recipe, 3 data, 4 checkpoint, 5 numerics, "
@@ -76,8 +73,9 @@ RecipeArgument = Annotated[
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys to change, such as schedule.epochs=5."),
+    typer.Argument(metavar="KEY=VALUE", help="Keys to change, such as schedule.epochs=5."),
 ]
+FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 
@@ -118,11 +116,14 @@ def run(
     overrides: OverridesArgument = None,
     *,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Run directory; default: runs/RECIPE.")
+        Path | None,
+        typer.Option("--out", metavar="RUN", help="Run directory; default: runs/RECIPE."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Report no progress.")] = False,
 ) -> None:
-    """Run a recipe to its end and write its report; the same command continues a stopped run.
+    """Run a recipe to its end, or continue it.
+
+    The report is written last. The same command continues a stopped run.
 
     For a pipeline, KEY=VALUE changes every step that has the key, STEP.KEY=VALUE one step.
     """
@@ -156,111 +157,31 @@ def check(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     *,
-    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks to plan for.")] = 1,
+    world_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of ranks to plan for.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print a recipe with every default spelled out, and what it means here; starts nothing."""
-    from bigsimclr.recipe import find_recipe, is_pipeline, load_recipe, parse_overrides
-    from bigsimclr.recipe.pipeline import plan_pipeline
-    from bigsimclr.recipe.schema import PipelineRecipe
+    """Print all defaults and what the recipe means here.
 
-    source = find_recipe(recipe)
-    changes = overrides or []
-    loaded = load_recipe(source, () if is_pipeline(source) else changes)
-    if isinstance(loaded, PipelineRecipe):
-        runs = plan_pipeline(
-            loaded, source=source, overrides=parse_overrides(changes), directory=Path()
-        )
-        checked = [(planned.path, planned.recipe) for planned in runs]
-    else:
-        checked = [("", loaded)]
-    plans = [(path, stage, _plan_rows(path, stage, world_size)) for path, stage in checked]
+    Nothing is started. For a pipeline, one line for each run; with --json every run's defaults.
+    """
+    from bigsimclr.checking import check_recipe, pipeline_text, stage_text
+
+    runs = check_recipe(recipe, overrides or [], world_size=world_size)
     if as_json:
-        print(json.dumps([_as_facts(*plan) for plan in plans], indent=2))
-        return
-    if isinstance(loaded, PipelineRecipe):
-        _print_runs(plans)
+        print(json.dumps([run.as_facts() for run in runs], indent=2))
+    elif runs[0].path:
+        print(pipeline_text(runs))
     else:
-        _print_stage(*plans[0][1:])
-
-
-def _plan_rows(path: str, recipe: "AnyStage", world_size: int) -> list[tuple[str, str]]:
-    from bigsimclr.data import count_examples
-    from bigsimclr.errors import DataError
-    from bigsimclr.recipe.plan import describe
-
-    examples: int | None = None
-    held_out: int | None = None
-    missing = ""
-    try:
-        examples, held_out = count_examples(recipe.data)
-        examples = _walked(recipe, examples)
-    except DataError as error:
-        examples, missing = None, str(error)
-    try:
-        rows = describe(recipe, examples=examples, held_out=held_out, world_size=world_size)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}" if path else str(error)) from None
-    return [("data", f"steps are not known: {missing}"), *rows[1:]] if missing else rows
-
-
-def _walked(recipe: "AnyStage", examples: int) -> int:
-    """Count the images that a stage trains on: those with labels where only labels can teach."""
-    from bigsimclr.recipe.schema import FinetuneRecipe, LinearRecipe, SupervisedRecipe
-
-    if isinstance(recipe, LinearRecipe | FinetuneRecipe | SupervisedRecipe):
-        return _labelled(recipe, examples)
-    return examples
-
-
-def _labelled(recipe: "LinearRecipe | FinetuneRecipe | SupervisedRecipe", examples: int) -> int:
-    from bigsimclr.data import build_data
-    from bigsimclr.data.subsets import read_list
-    from bigsimclr.recipe.sections import DigitsData
-
-    labels = recipe.labels
-    if labels.list is not None:
-        return len(read_list(labels.list))
-    if labels.percent is not None:
-        return max(1, int(examples * labels.percent / 100.0 + 1e-9))
-    if isinstance(recipe.data, DigitsData):
-        classes = 10
-    else:
-        classes = len(build_data(recipe.data).train.classes)
-    return (labels.per_class or 0) * classes
-
-
-def _as_facts(path: str, recipe: "AnyStage", rows: list[tuple[str, str]]) -> dict[str, object]:
-    return {
-        "run": path or None,
-        "stage": recipe.stage,
-        "recipe": recipe.model_dump(mode="json"),
-        "plan": dict(rows),
-    }
-
-
-def _print_stage(recipe: "AnyStage", rows: list[tuple[str, str]]) -> None:
-    from bigsimclr.recipe import recipe_text
-
-    print(recipe_text(recipe), end="")
-    width = max(len(topic) for topic, _ in rows)
-    print("\n".join(["", *(f"{topic:<{width}}  {text}" for topic, text in rows)]))
-
-
-def _print_runs(plans: list[tuple[str, "AnyStage", list[tuple[str, str]]]]) -> None:
-    """Print one line per run; runs of a grid that do the same amount of work share a line."""
-    alike: dict[tuple[str, str], list[str]] = {}
-    for path, stage, rows in plans:
-        facts = "; ".join(text for topic, text in rows if topic in ("data", "steps"))
-        alike.setdefault((path.partition("/")[0], f"{stage.stage}; {facts}"), []).append(path)
-    for (_, facts), paths in alike.items():
-        more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-        print(f"{paths[0]}{more}: {facts}")
+        print(stage_text(runs[0]))
 
 
 @app.command(cls=_Command)
 def explain(
-    key: Annotated[str | None, typer.Argument(help="A key, such as loss.temperature.")] = None,
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY", help="A key, such as loss.temperature.")
+    ] = None,
     *,
     everything: Annotated[bool, typer.Option("--all", help="Explain every key.")] = False,
     markdown: Annotated[
@@ -277,7 +198,7 @@ def explain(
 
 @app.command(cls=_Command)
 def schema() -> None:
-    """Print the JSON Schema of recipes, for editors that complete and check them."""
+    """Print the JSON Schema of recipes, for editors."""
     from bigsimclr.recipe import recipe_schema
 
     print(json.dumps(recipe_schema(), indent=2))
@@ -306,24 +227,36 @@ def recipes_cat(name: RecipeArgument) -> None:
 @recipes_app.command("cp", cls=_Command)
 def recipes_cp(
     name: RecipeArgument,
-    file: Annotated[Path, typer.Argument(help="File to write; must not exist yet.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="File to write; must not exist yet.")
+    ],
 ) -> None:
     """Copy a recipe to a file of your own."""
     from bigsimclr.recipe import find_recipe
 
     text = find_recipe(name).read_text(encoding="utf-8")
     _write_new(file, text)
+    print(f"{file}: a copy of {name}")
 
 
 def _write_new(file: Path, text: str) -> None:
     from bigsimclr.errors import StorageError
 
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = (
+            "is a file, not a folder"
+            if file.parent.exists()
+            else f"cannot be made: {error.strerror}"
+        )
+        raise StorageError(f"{file.parent} {why}") from None
+    try:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(text)
-    except FileExistsError:
-        raise StorageError(f"{file} exists already; choose another name") from None
     except OSError as error:
+        if file.exists():
+            raise StorageError(f"{file} exists already; choose another name") from None
         raise StorageError(f"{file}: {error.strerror}") from None
 
 
@@ -332,12 +265,20 @@ def data_split(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="List file to write.")],
-    per_class: Annotated[int | None, typer.Option(min=1, help="Labelled images per class.")] = None,
-    percent: Annotated[float | None, typer.Option(help="Labelled share in percent.")] = None,
-    draw: Annotated[int, typer.Option(min=0, help="Number of the random draw.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="List file to write.")],
+    per_class: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Labelled images per class.")
+    ] = None,
+    percent: Annotated[
+        float | None, typer.Option(metavar="P", help="Labelled share in percent.")
+    ] = None,
+    draw: Annotated[int, typer.Option(metavar="N", min=0, help="Number of the random draw.")] = 0,
 ) -> None:
-    """Draw labelled images from a recipe's training images and write their names to a file."""
+    """Draw labelled images and write their names.
+
+    They are drawn from the recipe's training images; with the same data keys, labels.list reads
+    the file.
+    """
     from bigsimclr.data import build_data
     from bigsimclr.data.subsets import select_labels, subset_hash
     from bigsimclr.recipe import load_recipe
@@ -360,36 +301,48 @@ def data_split(
 @app.command(cls=_Command)
 def embed(
     run_directory: RunArgument,
-    folder: Annotated[Path, typer.Argument(help="A folder of images.")],
+    folder: FolderArgument,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help=".npz file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help=".npz file to write.")],
 ) -> None:
-    """Write the features of a folder of images, by a run's network."""
+    """Write the features of a folder of images."""
     from bigsimclr.stages.embed import embed_to_file
 
-    count = embed_to_file(run_directory, folder, out)
-    print(f"{out}: features of {count} images")
+    written = embed_to_file(run_directory, folder, out)
+    print(f"{out}: features of {written.images} images{_left_out(written.unreadable)}")
 
 
 @app.command(cls=_Command)
 def predict(
     run_directory: RunArgument,
-    folder: Annotated[Path, typer.Argument(help="A folder of images.")],
+    folder: FolderArgument,
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="CSV file to write.")] = Path(
-        "predictions.csv"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help=".csv file to write.")
+    ] = Path("predictions.csv"),
 ) -> None:
-    """Write the class of every image in a folder, by a run's classifier."""
+    """Write the class of every image in a folder."""
     from bigsimclr.stages.embed import predict_to_file
 
-    count = predict_to_file(run_directory, folder, out)
-    print(f"{out}: classes of {count} images")
+    written = predict_to_file(run_directory, folder, out)
+    print(f"{out}: classes of {written.images} images{_left_out(written.unreadable)}")
+
+
+def _left_out(names: tuple[str, ...]) -> str:
+    return f"; {len(names)} left out, unreadable: {', '.join(names[:3])}" if names else ""
 
 
 @app.command(cls=_Command)
 def report(run_directory: RunArgument) -> None:
     """Write report.html and report.json of a run or a pipeline again."""
+    from bigsimclr.errors import CheckpointError
+
+    if not any((run_directory / name).is_file() for name in ("recipe.yaml", "pipeline.yaml")):
+        what = "is not a run directory (no recipe.yaml or pipeline.yaml)"
+        raise CheckpointError(
+            f"{run_directory} {what if run_directory.is_dir() else 'is no folder'}"
+        )
+
     from bigsimclr.report.html import write_report
 
     print(write_report(run_directory))

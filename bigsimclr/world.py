@@ -1,6 +1,7 @@
 """Which process this is, and the device it computes on."""
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,5 +47,8 @@ def join_world(
         torch.use_deterministic_algorithms(deterministic)
     if chosen == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            # Without it cuBLAS refuses; it is read at the first matrix product.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # noqa: TID251 - allowed here
     logger.info("device: %s", chosen)
     return World(rank=0, size=1, device=torch.device(chosen))

@@ -97,7 +97,26 @@ def test_check_as_json_for_several_ranks(tmp_path: Path) -> None:
     (facts,) = json.loads(result.stdout)
     assert facts["stage"] == "pretrain"
     assert facts["recipe"]["loss"]["temperature"] == 0.1
-    assert "4 ranks" in facts["plan"]["batch"]
+    assert facts["plan"]["batch"].startswith("64 = 4 ranks x 16;")
+    (alone,) = json.loads(_invoke("check", _recipe(tmp_path), "--json").stdout)
+    assert alone["plan"]["batch"].startswith("64 = 1 rank x 64;")
+
+
+def test_check_says_that_a_parent_is_needed() -> None:
+    row = "parent         not given; needed to run: parent=DIR"
+    assert row in _invoke("check", "digits/5_finetune").stdout.splitlines()
+    assert "not given" not in _invoke("check", "digits/5_finetune", "parent=x").stdout
+    assert "not given" not in _invoke("check", "digits/4_supervised").stdout
+
+
+def test_check_of_a_pipeline_with_a_step_that_lacks_its_parent(tmp_path: Path) -> None:
+    steps = "  - {name: a, recipe: digits/1_pretrain}\n  - {name: b, recipe: digits/5_finetune}\n"
+    file = _recipe(tmp_path, f"stage: pipeline\nsteps:\n{steps}")
+    for command in ("check", "run"):
+        result = _invoke(command, file)
+        assert result.exit_code == 2
+        line = f"{file}:4: step 'b' (finetune) needs parent: NAME of an earlier step"
+        assert result.stderr == f"bigsimclr: error: {line}\n"
 
 
 def test_check_without_the_data(tmp_path: Path) -> None:
@@ -119,6 +138,13 @@ def test_check_of_a_pipeline_counts_labelled_images(tmp_path: Path) -> None:
         "finetune/per_class=2",
     ]
     assert "20 training images" in lines[2]
+    assert lines[0].startswith("pretrain: 1,437 training images"), "the stage is said once"
+
+
+def test_check_of_a_pipeline_names_stages_that_steps_do_not(tmp_path: Path) -> None:
+    steps = "steps:\n  - {name: a, recipe: digits/1_pretrain}\n"
+    result = _invoke("check", _recipe(tmp_path, f"stage: pipeline\n{steps}"))
+    assert result.stdout.startswith("a: pretrain; 1,437 training images")
 
 
 def test_check_of_a_batch_that_ranks_cannot_share(tmp_path: Path) -> None:
@@ -143,6 +169,23 @@ def test_recipes_cp_never_overwrites(tmp_path: Path) -> None:
     assert again.stderr == f"bigsimclr: error: {file} exists already; choose another name\n"
     assert file.read_text() == copied
     assert _invoke("check", str(file)).exit_code == 0
+
+
+def test_recipes_cp_makes_folders_and_says_what_it_wrote(tmp_path: Path) -> None:
+    file = tmp_path / "sub" / "dir" / "mine.yaml"
+    result = _invoke("recipes", "cp", "digits", str(file))
+    assert (result.exit_code, result.stdout) == (0, f"{file}: a copy of digits\n")
+    assert _invoke("check", str(file)).stdout == _invoke("check", "digits").stdout
+    below = _invoke("recipes", "cp", "digits", str(file / "x.yaml"))
+    assert below.exit_code == 7
+    assert below.stderr == f"bigsimclr: error: {file} is a file, not a folder\n"
+
+
+def test_lists_fit_a_terminal() -> None:
+    for words in (["recipes", "ls"], ["--help"], ["data", "--help"], ["recipes", "--help"]):
+        lines = _invoke(*words).stdout.splitlines()
+        assert all(len(line) <= 80 for line in lines), words
+        assert not [line for line in lines[1:] if line.endswith("...")], words
 
 
 def test_explain() -> None:
@@ -239,7 +282,34 @@ main()
     assert ended.stderr == f"bigsimclr: {line}\n"
 
 
-def test_report_of_nothing(tmp_path: Path) -> None:
-    result = _invoke("report", str(tmp_path / "none"))
-    assert result.exit_code == 7
-    assert result.stderr.startswith("bigsimclr: error: ")
+def test_report_of_what_is_no_run_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").touch()
+    result = _invoke("report", str(tmp_path))
+    assert result.exit_code == 4
+    why = "is not a run directory (no recipe.yaml or pipeline.yaml)"
+    assert result.stderr == f"bigsimclr: error: {tmp_path} {why}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+    missing = _invoke("report", str(tmp_path / "none"))
+    assert missing.exit_code == 4
+    assert missing.stderr == f"bigsimclr: error: {tmp_path / 'none'} is no folder\n"
+
+
+def test_predictions_go_to_a_csv_file_only(tmp_path: Path) -> None:
+    out = tmp_path / "x.npz"
+    result = _invoke("predict", str(tmp_path), str(tmp_path), "-o", str(out))
+    assert result.exit_code == 2
+    assert ".csv" in result.stderr
+    assert not out.exists()
+
+
+def test_interrupt_while_the_command_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    for program in ("-m bigsimclr", "-c from bigsimclr.__main__ import main; main()"):
+        ended = subprocess.run(
+            [sys.executable, *program.split(" ", 1)],
+            env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (ended.returncode, ended.stderr) == (130, "bigsimclr: interrupted\n")

@@ -103,12 +103,13 @@ def build_data(section: DataSection) -> Splits:
                 return _split(images, section)
             return Splits(images, held_out_folder(images, root, section.held_out), "data.held_out")
         case ParquetData():
-            from bigsimclr.data.parquet import open_parquet
+            from bigsimclr.data.parquet import open_parquet, refuse_overlap
 
             root = expanded(section.root, "data.root")
             rows = open_parquet(root, section.train)
             if section.held_out is None:
                 return _split(rows, section)
+            refuse_overlap(root, section.train, section.held_out)
             apart = open_parquet(root, section.held_out, classes=rows.classes, key="data.held_out")
             return Splits(rows, apart, "data.held_out")
         case _:

@@ -185,6 +185,22 @@ def open_parquet(
     )
 
 
+def refuse_overlap(root: Path, train: str, held_out: str) -> None:
+    """Refuse patterns that both match a file.
+
+    Raises:
+        DataError: a file would be trained on and measured on.
+    """
+    both = set(_matching(root, train, "data.train")) & set(
+        _matching(root, held_out, "data.held_out")
+    )
+    if both:
+        raise DataError(
+            f"data.held_out: {min(both).name} matches data.train={train} too; held-out images "
+            "must not be trained on"
+        )
+
+
 def count_parquet(root: Path, pattern: str, *, key: str = "data.train") -> int:
     """Count the images from the files' metadata.
 

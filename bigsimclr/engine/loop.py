@@ -13,7 +13,7 @@ from bigsimclr.data.loader import Batch, Loader
 from bigsimclr.engine import Losses, MakeViews, Objective
 from bigsimclr.engine.checkpoint import Checkpoint, save_checkpoint
 from bigsimclr.engine.step import compute_gradients
-from bigsimclr.engine.stop import StopRequest
+from bigsimclr.engine.stop import Interrupted, StopRequest
 from bigsimclr.errors import CheckpointError, NumericsError, Stopped
 from bigsimclr.optim import load_optimizer_state, optimizer_state
 from bigsimclr.optim.schedule import warmup_cosine
@@ -93,43 +93,39 @@ def train(run: Run, *, resume: Checkpoint | None, stop: StopRequest, report: Rep
     plan = run.plan
     started = time.monotonic() - progress.seconds
     path = resume.path if resume is not None else None
-    window_start, window_wait, window_steps = time.perf_counter(), 0.0, 0
+    window = _Window()
     batches = run.loader.batches(progress.step * plan.global_batch, plan.steps - progress.step)
-    while progress.step < plan.steps:
-        waited = time.perf_counter()
-        batch = next(batches)
-        window_wait += time.perf_counter() - waited
-        rate = plan.peak_learning_rate * warmup_cosine(
-            progress.step, warmup_steps=plan.warmup_steps, total_steps=plan.steps
-        )
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        losses, update = _update(run, batch, progress.step, path)
-        progress.step += 1
-        window_steps += 1
-        step, last = progress.step, progress.step == plan.steps
-        examples = step * plan.global_batch
-        if last or step % run.intervals.record == 0:
-            now = time.perf_counter()
-            progress.losses = _numbers(losses, update) | {
-                "train/learning_rate": rate,
-                "train/images_per_second": window_steps * plan.global_batch / (now - window_start),
-                "train/data_wait": window_wait / (now - window_start),
-            }
-            report(examples, step, progress.losses)
-            window_start, window_wait, window_steps = now, 0.0, 0
-        if last or _due(step, run.intervals.evaluate):
-            progress.values = dict(run.evaluate())
+    while True:
+        # Evaluated after the checkpoint of the same step, so that nothing is lost if it fails.
+        if progress.step == plan.steps or _due(progress.step, run.intervals.evaluate):
+            try:
+                progress.values = dict(run.evaluate())
+            except Interrupted:
+                progress.seconds = time.monotonic() - started
+                raise _stopped(stop, progress, plan, _save(run, progress)) from None
             if progress.values:
-                report(examples, step, progress.values)
-        if last or stop.received is not None or _due(step, run.intervals.checkpoint):
+                report(progress.step * plan.global_batch, progress.step, progress.values)
+        if progress.step == plan.steps:
+            break
+        window.begin()
+        batch = next(batches)
+        window.waited()
+        losses, update, rate = _update(run, batch, progress.step, path)
+        progress.step += 1
+        last = progress.step == plan.steps
+        if last or progress.step % run.intervals.record == 0:
+            progress.losses = _numbers(losses, update) | {"train/learning_rate": rate}
+            window.end()
+            progress.losses |= window.rates(plan.global_batch)
+            report(progress.step * plan.global_batch, progress.step, progress.losses)
+            window = _Window()
+        else:
+            window.end()
+        if last or stop.received is not None or _due(progress.step, run.intervals.checkpoint):
             progress.seconds = time.monotonic() - started
             path = _save(run, progress)
-        if stop.received is not None and not last:
-            raise Stopped(
-                f"by {stop.received} at step {step} of {plan.steps}; checkpoint {path} is written "
-                "and the same command continues from it"
-            )
+            if stop.received is not None and not last:
+                raise _stopped(stop, progress, plan, path)
     if path is None:
         raise AssertionError("a finished run has a checkpoint")
     return Trained(
@@ -137,21 +133,58 @@ def train(run: Run, *, resume: Checkpoint | None, stop: StopRequest, report: Rep
         checkpoint=path,
         values=progress.values,
         losses=progress.losses,
-        seconds=progress.seconds,
+        seconds=time.monotonic() - started,
+    )
+
+
+class _Window:
+    """Times the updates between two records; evaluation and saving do not count."""
+
+    def __init__(self) -> None:
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        self._began = time.perf_counter()
+
+    def begin(self) -> None:
+        self._began = time.perf_counter()
+
+    def waited(self) -> None:
+        self._waited += time.perf_counter() - self._began
+
+    def end(self) -> None:
+        self._seconds += time.perf_counter() - self._began
+        self._steps += 1
+
+    def rates(self, global_batch: int) -> dict[str, float]:
+        return {
+            "train/images_per_second": self._steps * global_batch / self._seconds,
+            "train/data_wait": self._waited / self._seconds,
+        }
+
+
+def _stopped(stop: StopRequest, progress: Progress, plan: Plan, path: Path) -> Stopped:
+    return Stopped(
+        f"by {stop.received} at step {progress.step} of {plan.steps}; checkpoint {path} is written "
+        "and the same command continues from it"
     )
 
 
 def _due(step: int, interval: int | None) -> bool:
-    return interval is not None and step % interval == 0
+    return interval is not None and step > 0 and step % interval == 0
 
 
-def _update(run: Run, batch: Batch, step: int, saved: Path | None) -> tuple[Losses, Update]:
+def _update(run: Run, batch: Batch, step: int, saved: Path | None) -> tuple[Losses, Update, float]:
+    plan = run.plan
+    rate = plan.peak_learning_rate * warmup_cosine(
+        step, warmup_steps=plan.warmup_steps, total_steps=plan.steps
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
     try:
         losses = compute_gradients(
             run.objective,
             batch,
-            how=run.plan.update,
-            micro_batch=run.plan.micro_batch,
+            how=plan.update,
+            micro_batch=plan.micro_batch,
             make_views=run.make_views,
             strategy=run.strategy,
         )
@@ -162,8 +195,9 @@ def _update(run: Run, batch: Batch, step: int, saved: Path | None) -> tuple[Loss
             f"step {step}: {error}; {where}. Try a lower optimizer.learning_rate or "
             "parallel.precision=fp32"
         ) from error
-    run.objective.after_update(batch.split(run.plan.micro_batch), run.make_views)
-    return losses, update
+    if not update.skipped:
+        run.objective.after_update(batch.split(plan.micro_batch), run.make_views)
+    return losses, update, rate
 
 
 def _numbers(losses: Losses, update: Update) -> dict[str, float]:
@@ -172,7 +206,8 @@ def _numbers(losses: Losses, update: Update) -> dict[str, float]:
         "train/gradient_norm": update.gradient_norm,
         **losses.metrics,
     }
-    return {name: float(value) for name, value in tensors.items()}
+    numbers = {name: float(value) for name, value in tensors.items()}
+    return numbers | ({"train/skipped": 1.0} if update.skipped else {})
 
 
 def _save(run: Run, progress: Progress) -> Path:
@@ -188,7 +223,6 @@ def _save(run: Run, progress: Progress) -> Path:
             **run.facts,
             "step": progress.step,
             "seconds": progress.seconds,
-            "values": progress.values,
             "losses": progress.losses,
             "strategy": run.strategy.state(),
         },
@@ -206,7 +240,6 @@ def _restore(run: Run, checkpoint: Checkpoint) -> Progress:
     return Progress(
         step=checkpoint.examples // run.plan.global_batch,
         seconds=_number(facts["seconds"]),
-        values=_numbers_of(facts["values"]),
         losses=_numbers_of(facts["losses"]),
     )
 

@@ -12,6 +12,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """SIGTERM: preemption. SIGUSR2: an early warning, as Slurm sends it. SIGINT: Ctrl-C."""
 
 
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """A stop was asked for in the middle of work that can be done again."""
+
+
 class StopRequest:
     """Note the first signal that asks to stop; a second Ctrl-C ends the process at once.
 
@@ -41,6 +45,15 @@ class StopRequest:
             # None: the earlier handler was not set from Python and cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
+
+    def check(self) -> None:
+        """Leave work that can be done again, if a signal has come.
+
+        Raises:
+            Interrupted: a signal has come.
+        """
+        if self.received is not None:
+            raise Interrupted
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -43,7 +43,7 @@ class TensorFlowAdamW(AdamW):
         # that below would wait for the device.
         on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters())
         for group in self.param_groups:
-            group["fused"] = on_cpu
+            group["fused"] = True if on_cpu else None
         for parameter in self._parameters():
             self.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32),

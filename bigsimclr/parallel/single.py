@@ -87,6 +87,8 @@ class Single:
             self._refuse_non_finite(norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        if skipped and self._scaler.get_scale() < 1.0:
+            raise NumericsError("fp16 gradients overflow at any loss scale")
         self._optimizer.zero_grad(set_to_none=True)
         return Update(gradient_norm=norm, skipped=skipped)
 

@@ -66,7 +66,7 @@ def complaints_about(error: ValidationError, root: Node, recipe: type[Section]) 
         is_rule = detail["type"] == "value_error"
         if place.node.broken or is_echo or (is_rule and _holds_broken(place.node)):
             continue
-        problem = _one_too_many(place) if is_rule else None
+        problem = _one_too_many(place, detail) if is_rule else None
         if problem is None:
             text = _sentence(detail, place, recipe)
             if detail["type"] == "extra_forbidden":
@@ -121,7 +121,7 @@ def _stray(place: _Place, text: str, root: Node) -> Problem:
     return problem_at(place.node, place.key, text, root)
 
 
-def _one_too_many(place: _Place) -> Problem | None:
+def _one_too_many(place: _Place, detail: ErrorDetails) -> Problem | None:
     """Say how an override adds to keys of which the recipe has one; None when it does not."""
     entries = place.node.value
     choices = sections_in(place.annotation)
@@ -134,7 +134,7 @@ def _one_too_many(place: _Place) -> Problem | None:
     node = entries[added[0]]
     others = [key for key in one_of if key not in added and entries[key].value is not None]
     if not others or node.value is None:
-        return Problem(node.origin, 0, f"give exactly one of {', '.join(choices[0].one_of)}")
+        return Problem(node.origin, 0, detail["msg"].removeprefix("Value error, "))
     remedy = "take it out there"
     if node.origin.startswith("override "):
         before = node.origin.removeprefix("override ").rpartition(".")[0]

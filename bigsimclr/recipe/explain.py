@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from bigsimclr.errors import RecipeError
-from bigsimclr.recipe.keys import STAGES, did_you_mean, kind_of, sections_in
+from bigsimclr.recipe.keys import STAGES, kind_of, nearest, same_ending, sections_in
 from bigsimclr.recipe.schema import Recipe
 from bigsimclr.recipe.sections import Section
 from bigsimclr.recipe.yaml_tree import show
@@ -69,8 +69,8 @@ def explain(key: str) -> str:
         if same_end:
             hint = f"did you mean {' or '.join(repr(name) for name in same_end[:4])}?"
         else:
-            near = did_you_mean(key, names)
-            hint = near if near.startswith("did") else "all keys: bigsimclr explain --all"
+            near = same_ending(key, names) or nearest(key, names)
+            hint = f"did you mean '{near}'?" if near else "all keys: bigsimclr explain --all"
         raise RecipeError(f"no key '{show(key)}'; {hint}")
     lines = [line for facts in meanings for line in _as_lines(facts)]
     below = dict.fromkeys(f.key for f in everything if f.key.rpartition(".")[0] == key)

@@ -26,7 +26,7 @@ from bigsimclr.recipe.yaml_tree import (
     TreeReading,
     Value,
     decode,
-    plain_scalar,
+    is_plain_text,
     read_tree,
     read_value,
     show,
@@ -175,7 +175,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     # PyYAML decides by YAML 1.1, where 1e5 is text and needs no quotes.
-    style = None if isinstance(plain_scalar(text), str) else '"'
+    style = None if is_plain_text(text) else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
@@ -204,8 +204,11 @@ def _validated(root: Node, problems: list[Problem]) -> Recipe | None:
     except ValidationError as error:
         problems.extend(complaints_about(error, root, section))
         return None
-    is_chain = isinstance(recipe, PipelineRecipe)
-    for key, message in step_breaches(recipe) if is_chain else rule_breaches(recipe):
+    if isinstance(recipe, PipelineRecipe):
+        breaches = step_breaches(recipe)
+    else:
+        breaches = rule_breaches(recipe)
+    for key, message in breaches:
         problems.append(problem_at(deepest(root, key.split(".")), key, message, root))
     return recipe
 

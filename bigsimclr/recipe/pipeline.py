@@ -146,7 +146,7 @@ def _without_parent(step: _Step, recipe: Recipe | None) -> list[str]:
     """Say that a step needs a parent and neither the pipeline nor its recipe has one."""
     if isinstance(recipe, PretrainRecipe | SupervisedRecipe | PipelineRecipe) or recipe is None:
         return []
-    if recipe.parent is not None:
+    if recipe.parent is not None or step.step.parent is not None:
         return []
     return [step.line("name", f" ({step.stage}) needs parent: NAME of an earlier step")]
 

@@ -14,6 +14,7 @@ from bigsimclr.recipe.schema import (
     AnyTraining,
     DistillRecipe,
     KnnRecipe,
+    LinearRecipe,
     PretrainRecipe,
     SupervisedRecipe,
 )
@@ -110,6 +111,11 @@ def _batch_breaches(recipe: AnyTraining) -> list[tuple[str, str]]:
     breaches: list[tuple[str, str]] = []
     if isinstance(recipe, PretrainRecipe) and batch.global_batch < 2:
         breaches.append(("batch.global_batch", "a contrastive loss needs 2 images at least"))
+    elif not isinstance(recipe, PretrainRecipe | LinearRecipe) and 1 in (
+        batch.global_batch,
+        batch.micro_batch,
+    ):
+        breaches.append(("batch", "batch norm needs 2 images in every forward pass at least"))
     if batch.update == "accumulated" and isinstance(recipe, PretrainRecipe):
         micro = batch.micro_batch or batch.global_batch
         breaches.append(
@@ -169,6 +175,14 @@ def make_plan(recipe: AnyTraining, *, examples: int, world_size: int = 1) -> Pla
             f"without repeating an image as its own negative; try batch.global_batch="
             f"{_power_of_two_below(examples)}"
         )
+    memory = None if contrastive is None else contrastive.loss.queue
+    queue = 0 if memory is None else memory.length
+    if queue and queue > examples - batch.global_batch:
+        raise RecipeError(
+            f"loss.queue.length: {queue:,} past projections of {examples:,} images would hold "
+            "views of an image as its own negatives; at most "
+            f"loss.queue.length={max(examples - batch.global_batch, 0)}"
+        )
     schedule = recipe.schedule
     steps = schedule.steps or total_steps(examples, schedule.epochs or 0.0, batch.global_batch)
     warmup = warmup_steps(examples, schedule.warmup_epochs, batch.global_batch)
@@ -177,8 +191,6 @@ def make_plan(recipe: AnyTraining, *, examples: int, world_size: int = 1) -> Pla
             f"schedule.warmup_epochs: the warm-up of {warmup} updates is not shorter than the run "
             f"of {steps}"
         )
-    memory = None if contrastive is None else contrastive.loss.queue
-    queue = 0 if memory is None else memory.length
     return Plan(
         world_size=world_size,
         examples=examples,

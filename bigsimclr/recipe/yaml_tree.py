@@ -100,6 +100,11 @@ def plain_scalar(text: str) -> Scalar:
     return text
 
 
+def is_plain_text(text: str) -> bool:
+    """Say whether unquoted text means itself, not a number, nor what only looks like one."""
+    return isinstance(plain_scalar(text), str) and not _NOT_FINITE.fullmatch(text)
+
+
 def decode(data: bytes, name: str) -> str:
     """Turn the bytes of a recipe file into text.
 
@@ -206,7 +211,7 @@ class _Reader:
 
     def _collection(self, start: MappingStartEvent | SequenceStartEvent, *, depth: int) -> Node:
         if start.flow_style:
-            self._open.append(start.start_mark.line + 1)
+            self._open.append(self._line(start))
         if isinstance(start, MappingStartEvent):
             node = self._mapping(start, depth=depth)
         else:

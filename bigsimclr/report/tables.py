@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from bigsimclr.report.document import Summary, seconds_of, state_of
 from bigsimclr.report.facts import Json, Run, RunSet, Step, number, text
-from bigsimclr.report.summary import METHOD_NAMES, METHOD_OF_STAGE, Method, Row, Spread, labels_of
+from bigsimclr.report.summary import (
+    METHOD_NAMES,
+    METHOD_OF_STAGE,
+    Labels,
+    Method,
+    Row,
+    Spread,
+    labels_of,
+)
 from bigsimclr.report.verdict import percent, with_spread
 
 _NOTHING = "\N{EN DASH}"
@@ -210,15 +218,23 @@ def _indent(depth: int) -> str:
 def _step_cells(run_set: RunSet, step: Step) -> tuple[str, ...]:
     runs = run_set.of_step(step)
     finished = sum(run.result is not None for run in runs)
-    amounts = dict.fromkeys(labels_of(run_set, run).short for run in runs)
     seconds = [found for found in map(seconds_of, runs) if found is not None]
     return (
         step.stage or _NOTHING,
-        ", ".join(amounts) or _NOTHING,
+        _amounts([labels_of(run_set, run) for run in runs]),
         _duration(sum(seconds)) if seconds else _NOTHING,
         f"{finished} of {len(runs)}",
         _state(runs),
     )
+
+
+def _amounts(labels: Sequence[Labels]) -> str:
+    """Name each amount once, such as "1, 2, 5 / class"."""
+    unit = " / class"
+    short = list(dict.fromkeys(amount.short for amount in labels))
+    if len(short) > 1 and all(amount.endswith(unit) for amount in short):
+        return ", ".join(amount.removesuffix(unit) for amount in short) + unit
+    return ", ".join(short) or _NOTHING
 
 
 def _state(runs: Sequence[Run]) -> str:

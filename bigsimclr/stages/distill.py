@@ -24,7 +24,7 @@ from bigsimclr.stages.finetune import classify
 from bigsimclr.stages.inputs import open_inputs
 from bigsimclr.stages.load import load_parent
 from bigsimclr.stages.run_directory import RunDirectory
-from bigsimclr.stages.training import Task, run_training
+from bigsimclr.stages.training import Task, plan_of, run_training
 from bigsimclr.world import World
 
 
@@ -75,14 +75,14 @@ def distill(
     recipe: DistillRecipe, *, world: World, run: RunDirectory, progress: Progress, stop: StopRequest
 ) -> tuple[Trained, Task]:
     """Distil a teacher into a student of the same or another architecture."""
-    teacher = load_parent(recipe.parent, stages=("finetune", "supervised", "distill", "linear"))
+    teacher = load_parent(
+        recipe.parent, stages=("finetune", "supervised", "distill", "linear"), data=recipe.data
+    )
     if teacher.architecture.classes is None:
         raise RecipeError(
             f"parent: {recipe.parent} has no classifier to learn from; fine-tune it first"
         )
-    inputs = open_inputs(
-        recipe, labels=recipe.labels, walk="all", directory=run.path, device=world.device
-    )
+    inputs = open_inputs(recipe, labels=recipe.labels, walk="all", device=world.device, stop=stop)
     if inputs.classes and inputs.classes != teacher.classes:
         raise DataError(
             f"parent: {recipe.parent} knows {_named(teacher.classes)}, the images have "
@@ -96,6 +96,7 @@ def distill(
         keep_head_layers=recipe.from_layer,
     )
     model = build_model(architecture, seed=recipe.seed).to(world.device)
+    batch_size = plan_of(recipe, inputs, world).micro_batch
     task = Task(
         objective=Distillation(
             model,
@@ -105,8 +106,10 @@ def distill(
         ),
         architecture=architecture,
         inputs=inputs,
+        classes=teacher.classes,
+        parent=teacher,
         views=1,
-        evaluate=lambda: held_out_accuracy(model, inputs),
+        evaluate=lambda: held_out_accuracy(model, inputs, batch_size=batch_size),
         evaluate_every=None,
     )
     trained = run_training(

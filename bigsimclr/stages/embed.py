@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bigsimclr.augment import view_settings
 from bigsimclr.augment.device import make_views
-from bigsimclr.data import Source, build_data
+from bigsimclr.data.folder import training_folder
 from bigsimclr.data.loader import evaluation_batches
 from bigsimclr.errors import CheckpointError, DataError, RecipeError, StorageError
 from bigsimclr.models.simclr import SimCLR
-from bigsimclr.recipe.sections import CropFlip, FolderData
+from bigsimclr.recipe.sections import CropFlip
 from bigsimclr.stages.evaluate import hidden, inference
 from bigsimclr.stages.load import Loaded, load_run
 from bigsimclr.world import join_world
@@ -133,7 +133,10 @@ def predict_to_file(run: Path, images: Path, out: Path) -> Written:
 
 
 def _rows(loaded: Loaded, images: Path, unreadable: dict[str, str]) -> Iterator[_Row]:
-    source, settings = _folder(images), view_settings(_augment_of(loaded))
+    source, settings = (
+        training_folder(images, ".", labelled=False, root_key=""),
+        view_settings(_augment_of(loaded)),
+    )
     world = join_world()
     model = loaded.model.to(world.device)
     with inference(model):
@@ -154,10 +157,6 @@ def _rows(loaded: Loaded, images: Path, unreadable: dict[str, str]) -> Iterator[
                     outputs.features[place].float().cpu(),
                     None if outputs.logits is None else outputs.logits[place].float().cpu(),
                 )
-
-
-def _folder(images: Path) -> Source:
-    return build_data(FolderData(kind="folder", root=images, labelled=False)).train
 
 
 def _augment_of(loaded: Loaded) -> CropFlip:

@@ -87,17 +87,27 @@ def hidden(outputs: Outputs, from_layer: int) -> Tensor:
 
 
 def top1(extracted: Extracted) -> float:
-    """Return the share of images whose largest logit is their label's."""
+    """Return the share of labelled images whose largest logit is their label's."""
     if extracted.logits is None:
         raise AssertionError("the model has no classifier")
-    return (extracted.logits.argmax(1) == extracted.labels).float().mean().item()
+    known = extracted.labels >= 0
+    return (extracted.logits.argmax(1) == extracted.labels)[known].float().mean().item()
 
 
-def held_out_accuracy(model: SimCLR, inputs: Inputs) -> dict[str, float]:
-    """Return the classifier's accuracy on the held-out images; nothing where there are none."""
-    if inputs.held_out is None:
+def held_out_accuracy(model: SimCLR, inputs: Inputs, *, batch_size: int) -> dict[str, float]:
+    """Return the classifier's accuracy on the labelled held-out images; empty without any."""
+    judged = labelled_held_out(inputs)
+    if inputs.held_out is None or not judged.size:
         return {}
-    return {"held_out/accuracy": top1(extract(model, inputs, inputs.held_out))}
+    found = extract(model, inputs, inputs.held_out, indices=judged, batch_size=batch_size)
+    return {"held_out/accuracy": top1(found)}
+
+
+def labelled_held_out(inputs: Inputs) -> NDArray[np.int64]:
+    """Return the held-out images that have a label, by index."""
+    if inputs.held_out is None:
+        return np.empty(0, dtype=np.int64)
+    return np.flatnonzero(inputs.held_out.labels >= 0).astype(np.int64)
 
 
 def neighbour_accuracy(
@@ -108,7 +118,8 @@ def neighbour_accuracy(
     Returns:
         `knn/accuracy`, and `probe/held_out_accuracy` where the model has a classifier.
     """
-    if inputs.held_out is None or not inputs.classes:
+    judged = labelled_held_out(inputs)
+    if inputs.held_out is None or not judged.size:
         return {}
     voters = extract(
         model,
@@ -118,7 +129,14 @@ def neighbour_accuracy(
         from_layer=from_layer,
         batch_size=batch_size,
     )
-    asked = extract(model, inputs, inputs.held_out, from_layer=from_layer, batch_size=batch_size)
+    asked = extract(
+        model,
+        inputs,
+        inputs.held_out,
+        indices=judged,
+        from_layer=from_layer,
+        batch_size=batch_size,
+    )
     accuracy = nearest_neighbour_accuracy(
         voters.features,
         voters.labels,

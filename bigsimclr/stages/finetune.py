@@ -14,7 +14,7 @@ from bigsimclr.data.loader import Batch
 from bigsimclr.engine import Losses, MakeViews
 from bigsimclr.engine.loop import Trained
 from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import DataError, RecipeError
+from bigsimclr.errors import DataError
 from bigsimclr.losses.classify import cross_entropy
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import SimCLR
@@ -22,9 +22,9 @@ from bigsimclr.recipe.schema import FinetuneRecipe, LinearRecipe, SupervisedReci
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.evaluate import held_out_accuracy
 from bigsimclr.stages.inputs import Inputs, open_inputs
-from bigsimclr.stages.load import Loaded, load_parent
+from bigsimclr.stages.load import TRAINED, Loaded, check_layer, load_parent
 from bigsimclr.stages.run_directory import RunDirectory
-from bigsimclr.stages.training import Task, run_training
+from bigsimclr.stages.training import Task, plan_of, run_training
 from bigsimclr.world import World
 
 LabelRecipe = LinearRecipe | FinetuneRecipe | SupervisedRecipe
@@ -80,11 +80,12 @@ def train_with_labels(
         recipe,
         labels=recipe.labels,
         walk="labelled",
-        directory=run.path,
         device=world.device,
+        stop=stop,
     )
     if len(inputs.classes) < 2:
         raise DataError(f"labels: one class ({inputs.classes[0]}) leaves nothing to tell apart")
+    parent: Loaded | None = None
     if isinstance(recipe, SupervisedRecipe):
         architecture = Architecture(
             backbone=recipe.backbone,
@@ -95,15 +96,19 @@ def train_with_labels(
         )
         model = build_model(architecture, seed=recipe.seed)
     else:
-        parent = load_parent(recipe.parent, stages=("pretrain",))
+        allowed = TRAINED if isinstance(recipe, LinearRecipe) else ("pretrain",)
+        parent = load_parent(recipe.parent, stages=allowed, data=recipe.data)
         architecture, model = _from_parent(recipe, parent, inputs)
     model.to(world.device)
+    batch_size = plan_of(recipe, inputs, world).micro_batch
     task = Task(
         objective=Classification(model, frozen=isinstance(recipe, LinearRecipe)),
         architecture=architecture,
         inputs=inputs,
+        classes=inputs.classes,
+        parent=parent,
         views=1,
-        evaluate=lambda: held_out_accuracy(model, inputs),
+        evaluate=lambda: held_out_accuracy(model, inputs, batch_size=batch_size),
         evaluate_every=None,
     )
     trained = run_training(
@@ -115,12 +120,7 @@ def train_with_labels(
 def _from_parent(
     recipe: LinearRecipe | FinetuneRecipe, parent: Loaded, inputs: Inputs
 ) -> tuple[Architecture, SimCLR]:
-    layers = 0 if parent.architecture.head is None else parent.architecture.head.layers
-    if recipe.from_layer > layers:
-        raise RecipeError(
-            f"from_layer: {recipe.from_layer} is beyond the {layers} head layers of "
-            f"{recipe.parent}; use from_layer=0 for the backbone's features"
-        )
+    check_layer(recipe.from_layer, parent)
     architecture = Architecture(
         backbone=parent.architecture.backbone,
         head=parent.architecture.head,

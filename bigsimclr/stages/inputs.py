@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from bigsimclr.augment import ViewSettings, view_settings
 from bigsimclr.augment.device import make_views
-from bigsimclr.data import Source, build_data
+from bigsimclr.data import Source, Splits, build_data
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches
-from bigsimclr.data.subsets import read_list, select_labels, subset_hash, write_list
+from bigsimclr.data.subsets import read_list, select_labels, subset_hash
+from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import DataError
 from bigsimclr.recipe.schema import AnyStage, AnyTraining
 from bigsimclr.recipe.sections import LabelsSection
@@ -29,9 +30,16 @@ class Inputs:
     indices: NDArray[np.int64]  # [M] training images the stage walks through
     labels: NDArray[np.int64]  # [N] labels the stage may see; -1 where hidden or absent
     labelled: NDArray[np.int64]  # [L] training images whose label the stage may see
-    labels_hash: str | None  # of the names of the labelled images; None without a subset
+    label_names: tuple[str, ...] | None  # of the labelled images; None where none is asked for
     settings: ViewSettings
     device: torch.device
+    stop: StopRequest
+    left_out: dict[str, str]  # images that evaluation could not read, with the reasons
+
+    @property
+    def labels_hash(self) -> str | None:
+        """Identify the labelled images by their names."""
+        return None if self.label_names is None else subset_hash(self.label_names)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -61,8 +69,12 @@ class Inputs:
     def evaluation(
         self, source: Source, indices: NDArray[np.int64], batch_size: int
     ) -> Iterator[Batch]:
-        """Walk once through images in order, centre crops."""
-        return evaluation_batches(
+        """Walk once through images in order, centre crops.
+
+        Raises:
+            Interrupted: a signal asked the run to stop.
+        """
+        for batch in evaluation_batches(
             source,
             indices=indices,
             settings=self.settings,
@@ -70,7 +82,10 @@ class Inputs:
             workers=self.recipe.input.workers,
             unreadable_limit=self.recipe.input.unreadable_limit,
             max_pixels=self.recipe.input.max_pixels,
-        )
+            unreadable=self.left_out,
+        ):
+            self.stop.check()
+            yield batch
 
     def facts(self) -> dict[str, object]:
         """Say what was read, for the result and the report."""
@@ -78,7 +93,7 @@ class Inputs:
             "fingerprint": self.train.fingerprint,
             "train": len(self.indices),
             "held_out": 0 if self.held_out is None else len(self.held_out),
-            "labels": len(self.labelled),
+            "labels": None if self.label_names is None else len(self.label_names),
             "labels_hash": self.labels_hash,
         }
 
@@ -87,9 +102,9 @@ def open_inputs(
     recipe: AnyStage,
     *,
     labels: LabelsSection | None,
-    walk: str,
-    directory: Path,
+    walk: Literal["labelled", "all"],
     device: torch.device,
+    stop: StopRequest,
 ) -> Inputs:
     """Open the images of a stage and choose whose labels it may see.
 
@@ -97,8 +112,8 @@ def open_inputs(
         recipe: the stage.
         labels: the labelled subset; None shows every label there is.
         walk: "labelled" trains on the labelled images only, "all" on every training image.
-        directory: the run directory, where the subset is saved as `labels.txt`.
         device: where views are made.
+        stop: ends evaluations early.
 
     Raises:
         DataError: the images or labels are missing or do not fit.
@@ -107,12 +122,10 @@ def open_inputs(
     train = splits.train
     everything = np.arange(len(train), dtype=np.int64)
     if labels is None:
-        chosen, digest = everything[train.labels >= 0], None
+        chosen, names = everything[train.labels >= 0], None
     else:
-        chosen = _choose(train, labels)
-        names = [train.name(int(index)) for index in chosen]
-        write_list(directory / "labels.txt", names)
-        digest = subset_hash(names)
+        chosen = _choose(splits, labels)
+        names = tuple(train.name(int(index)) for index in chosen)
     shown = np.full(len(train), -1, dtype=np.int64)
     shown[chosen] = train.labels[chosen]
     return Inputs(
@@ -122,13 +135,16 @@ def open_inputs(
         indices=chosen if walk == "labelled" else everything,
         labels=shown,
         labelled=chosen,
-        labels_hash=digest,
+        label_names=names,
         settings=view_settings(recipe.augment),
         device=device,
+        stop=stop,
+        left_out={},
     )
 
 
-def _choose(train: Source, labels: LabelsSection) -> NDArray[np.int64]:
+def _choose(splits: Splits, labels: LabelsSection) -> NDArray[np.int64]:
+    train = splits.train
     if not train.classes:
         raise DataError(
             "labels: this stage needs labels and the images have none; put them into one "
@@ -140,4 +156,7 @@ def _choose(train: Source, labels: LabelsSection) -> NDArray[np.int64]:
         percent=labels.percent,
         names=None if labels.list is None else read_list(labels.list),
         draw=labels.draw,
+        list_path=labels.list,
+        held_out=splits.held_out,
+        held_out_keys=splits.held_out_keys,
     )

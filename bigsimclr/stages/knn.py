@@ -3,34 +3,50 @@
 Source: Wu et al. 2018, arXiv 1805.01978 (votes weighted by exp(cosine / 0.1)).
 """
 
+from dataclasses import dataclass
+
+from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import DataError
 from bigsimclr.recipe.schema import KnnRecipe
-from bigsimclr.stages.evaluate import neighbour_accuracy
+from bigsimclr.stages.evaluate import labelled_held_out, neighbour_accuracy
 from bigsimclr.stages.inputs import Inputs, open_inputs
-from bigsimclr.stages.load import load_parent
+from bigsimclr.stages.load import TRAINED, Loaded, check_layer, load_parent
 from bigsimclr.stages.run_directory import RunDirectory
 from bigsimclr.world import World
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found, and of what."""
+
+    accuracy: float
+    inputs: Inputs
+    parent: Loaded
+
+
 def evaluate_neighbours(
-    recipe: KnnRecipe, *, world: World, run: RunDirectory
-) -> tuple[dict[str, float], Inputs]:
+    recipe: KnnRecipe, *, world: World, run: RunDirectory, stop: StopRequest
+) -> Measured:
     """Let the labelled training images vote on the held-out images.
 
     Raises:
         DataError: there are no held-out images.
     """
-    parent = load_parent(recipe.parent, stages=("pretrain",))
+    parent = load_parent(recipe.parent, stages=TRAINED, data=recipe.data)
+    check_layer(recipe.from_layer, parent)
     inputs = open_inputs(
         recipe,
         labels=recipe.labels,
         walk="labelled",
-        directory=run.path,
         device=world.device,
+        stop=stop,
     )
-    if inputs.held_out is None:
-        raise DataError("knn needs held-out images; set data.held_out or data.held_out_fraction")
-    run.describe(recipe, {"examples": len(inputs.indices), "neighbours": recipe.neighbours})
+    if not labelled_held_out(inputs).size:
+        raise DataError(
+            "knn needs labelled held-out images; set data.held_out or data.held_out_fraction"
+        )
+    facts = {"examples": len(inputs.indices), "neighbours": recipe.neighbours}
+    run.describe(recipe, facts, labels=inputs.label_names)
     values = neighbour_accuracy(
         parent.model.to(world.device),
         inputs,
@@ -38,4 +54,4 @@ def evaluate_neighbours(
         from_layer=recipe.from_layer,
         batch_size=recipe.batch_size,
     )
-    return values, inputs
+    return Measured(values["knn/accuracy"], inputs, parent)

@@ -1,5 +1,7 @@
 """A finished or running run, read back as a model."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +9,11 @@ from bigsimclr.engine.checkpoint import Checkpoint, newest_checkpoint, read_chec
 from bigsimclr.errors import CheckpointError, RecipeError
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import SimCLR
+from bigsimclr.recipe.sections import DataSection
+from bigsimclr.stages.run_directory import read_result
+
+TRAINED = ("pretrain", "finetune", "supervised", "distill")
+"""Stages whose runs hold a network that was trained."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,7 @@ class Loaded:
     classes: tuple[str, ...]  # names of the classifier's outputs; empty without a classifier
     facts: dict[str, object]  # of the checkpoint
     checkpoint: Path
+    digest: str  # sha256 (hex) of the checkpoint's manifest, which names all its contents
 
 
 def load_model(path: Path | str) -> SimCLR:
@@ -46,18 +54,21 @@ def load_run(path: Path) -> Loaded:
         classes=tuple(str(name) for name in classes) if isinstance(classes, list) else (),
         facts=checkpoint.facts,
         checkpoint=checkpoint.path,
+        digest=digest_of(checkpoint.path),
     )
 
 
-def load_parent(parent: Path | None, *, stages: tuple[str, ...]) -> Loaded:
+def load_parent(parent: Path | None, *, stages: tuple[str, ...], data: DataSection) -> Loaded:
     """Load the run a stage builds on.
 
     Args:
         parent: its run directory.
         stages: the stages it may be a run of.
+        data: the images of the stage that asks.
 
     Raises:
-        RecipeError: no parent is named, or it is a run of another stage.
+        RecipeError: no parent is named, it is a run of another stage, or it trained on images that
+            the stage that asks holds out.
         CheckpointError: the parent has no intact checkpoint, or is not finished.
     """
     wanted = " or ".join(stages)
@@ -74,12 +85,74 @@ def load_parent(parent: Path | None, *, stages: tuple[str, ...]) -> Loaded:
     stage = recipe.get("stage") if isinstance(recipe, dict) else None
     if stage not in stages:
         raise RecipeError(f"parent: {parent} is a {stage} run; this stage needs a {wanted} run")
+    _refuse_leak(parent, recipe.get("data") if isinstance(recipe, dict) else None, data)
     return loaded
+
+
+def _refuse_leak(parent: Path, before: object, data: DataSection) -> None:
+    """Refuse a share held out of images of which the parent held out another share."""
+    now = json.loads(data.model_dump_json())
+    if not isinstance(before, dict) or before.get("kind") != now["kind"]:
+        return
+    if now.get("held_out") is not None or not now["held_out_fraction"]:
+        return
+    if before.get("root") != now.get("root") or before.get("train") != now.get("train"):
+        return
+    keys = ("held_out", "held_out_fraction", "split_seed", "labelled")
+    other = [f"data.{key}={before.get(key)}" for key in keys if before.get(key) != now.get(key)]
+    if other:
+        raise RecipeError(
+            f"data: {parent} was trained with {', '.join(other)} on the same images, so some held "
+            "out here were trained on there; give both runs the same keys, or hold images out in "
+            "a folder of their own (data.held_out)"
+        )
+
+
+def digest_of(checkpoint: Path) -> str:
+    """Identify a checkpoint by its contents.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    try:
+        manifest = (checkpoint / "manifest.json").read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint} cannot be read: {error.strerror}") from error
+    return hashlib.sha256(manifest).hexdigest()
+
+
+def parent_digest(parent: Path) -> str:
+    """Identify the network of a finished run without reading it."""
+    name = read_result(parent).get("checkpoint")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{parent} trained nothing and holds no network")
+    return digest_of(parent / name)
+
+
+def check_layer(from_layer: int, parent: Loaded) -> None:
+    """Refuse a head layer that a network does not have.
+
+    Raises:
+        RecipeError: it has fewer layers.
+    """
+    head, kept = parent.architecture.head, parent.architecture.keep_head_layers
+    layers = 0 if head is None else head.layers if kept is None else kept
+    if from_layer > layers:
+        raise RecipeError(
+            f"from_layer: {from_layer} is beyond the {layers} head layers of "
+            f"{parent.checkpoint}; use from_layer=0 for the backbone's features"
+        )
 
 
 def _find(path: Path) -> Checkpoint:
     if (path / "manifest.json").exists():
         return read_checkpoint(path)
+    if (path / "result.json").exists():
+        # The result is that of one checkpoint: an older one would be another network.
+        name = read_result(path).get("checkpoint")
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path} trained nothing and holds no network")
+        return read_checkpoint(path / name)
     checkpoint = newest_checkpoint(path / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{path} holds no checkpoint")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import Stopped
+from bigsimclr.errors import Stopped, StorageError
 from bigsimclr.recipe.pipeline import PlannedRun
 from bigsimclr.recipe.schema import PipelineRecipe
 from bigsimclr.report.progress import Progress
@@ -34,7 +34,23 @@ def run_pipeline(
         finished_result(run.recipe, directory / run.path)
     if finished:
         progress.note(f"{len(finished)} of {len(runs)} runs finished before")
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _describe(recipe, runs, directory, command)
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be written: {error.strerror}") from error
+    for number, run in enumerate(runs, start=1):
+        if run in finished:
+            continue
+        progress.note(f"[{number}/{len(runs)}] {run.path}")
+        run_stage(run.recipe, directory / run.path, progress=progress, stop=stop)
+        if stop.received is not None:
+            raise Stopped(f"by {stop.received} after {run.path}; the same command continues")
+
+
+def _describe(
+    recipe: PipelineRecipe, runs: list[PlannedRun], directory: Path, command: str | None
+) -> None:
     write_json(directory / "pipeline.yaml", json.loads(recipe.model_dump_json()))
     write_json(
         directory / "pipeline.json",
@@ -55,10 +71,3 @@ def run_pipeline(
             ],
         },
     )
-    for number, run in enumerate(runs, start=1):
-        if run in finished:
-            continue
-        progress.note(f"[{number}/{len(runs)}] {run.path}")
-        run_stage(run.recipe, directory / run.path, progress=progress, stop=stop)
-        if stop.received is not None:
-            raise Stopped(f"by {stop.received} after {run.path}; the same command continues")

@@ -4,7 +4,6 @@ Source: Chen et al. 2020, section 2 and 3.1; google-research/simclr tf2/run.py, 
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -116,7 +115,7 @@ def pretrain(
     stop: StopRequest,
 ) -> tuple[Trained, Task]:
     """Pretrain a network."""
-    inputs = open_inputs(recipe, labels=None, walk="all", directory=Path(), device=world.device)
+    inputs = open_inputs(recipe, labels=None, walk="all", device=world.device, stop=stop)
     probed = recipe.probe.linear and bool(inputs.classes)
     architecture = Architecture(
         backbone=recipe.backbone,
@@ -150,6 +149,8 @@ def pretrain(
         ),
         architecture=architecture,
         inputs=inputs,
+        classes=inputs.classes,
+        parent=None,
         views=2,
         evaluate=evaluate,
         evaluate_every=interval,

@@ -1,12 +1,10 @@
 """`result.json`: what a finished stage reached, under which protocol, from which parent."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigsimclr.errors import CheckpointError
 from bigsimclr.recipe.schema import (
     AnyStage,
     DistillRecipe,
@@ -14,8 +12,9 @@ from bigsimclr.recipe.schema import (
     PretrainRecipe,
     SupervisedRecipe,
 )
+from bigsimclr.stages.evaluate import labelled_held_out
 from bigsimclr.stages.inputs import Inputs
-from bigsimclr.stages.run_directory import RunDirectory, write_json
+from bigsimclr.stages.run_directory import RunDirectory, read_result, write_json
 
 ENCODER = {
     "pretrain": "frozen",
@@ -36,22 +35,6 @@ class Result:
     metrics: Mapping[str, float]
 
 
-def read_result(directory: Path) -> dict[str, object]:
-    """Read the result of a finished run.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    path = directory / "result.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict):
-        raise CheckpointError(f"{path} is damaged; remove it to run the stage's end again")
-    return found
-
-
 def write_result(
     recipe: AnyStage,
     run: RunDirectory,
@@ -60,6 +43,7 @@ def write_result(
     metrics: Mapping[str, float],
     examples: int,
     checkpoint: Path | None,
+    parent_digest: str | None,
     seconds: float,
 ) -> Result:
     """Write the result of a run, which says that it is finished."""
@@ -73,6 +57,7 @@ def write_result(
             "metrics": dict(metrics),
             "protocol": _protocol(recipe, inputs, examples),
             "parent": None if parent is None else os.path.relpath(parent, run.path),
+            "parent_digest": parent_digest,
             "checkpoint": inside,
             "seconds": round(seconds, 3),
             "data": {**inputs.facts(), "unreadable": len(run.unreadable())},
@@ -102,7 +87,7 @@ def _protocol(recipe: AnyStage, inputs: Inputs, examples: int) -> dict[str, obje
         "epochs": round(examples / len(inputs.indices), 2),
         "augmentation": _augmentation(recipe),
         "seed": recipe.seed,
-        "n": 0 if inputs.held_out is None else len(inputs.held_out),
+        "n": len(labelled_held_out(inputs)),
         **_labels_used(recipe),
         "checkpoint": "last",
     }

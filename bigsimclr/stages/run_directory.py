@@ -5,21 +5,22 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import bigsimclr
-from bigsimclr.errors import DataError, RecipeError
+from bigsimclr.data.subsets import write_list
+from bigsimclr.errors import CheckpointError, DataError, RecipeError
 from bigsimclr.recipe import save_recipe
 from bigsimclr.recipe.schema import AnyStage
 
 # Keys that change nothing about what is trained, so a run may continue with other values.
 FREE_SECTIONS = ("input", "log", "checkpoint")
-# The images are compared by their fingerprint, wherever they lie.
-FREE_KEYS = ("parallel.cpu_threads", "data.root")
+# Images, labels and parents are compared by what they are, wherever they lie.
+FREE_KEYS = ("parallel.cpu_threads", "data.root", "labels.list", "parent")
 OWN_FILES = (
     "recipe.yaml",
     "plan.json",
@@ -74,8 +75,12 @@ class RunDirectory:
         pairs = (line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines())
         return {name: why for name, _, why in pairs}
 
-    def describe(self, recipe: AnyStage, plan: Mapping[str, object]) -> None:
-        """Write the resolved recipe, the plan and the environment."""
+    def describe(
+        self, recipe: AnyStage, plan: Mapping[str, object], *, labels: Sequence[str] | None
+    ) -> None:
+        """Write the resolved recipe, the plan, the environment and the labelled images' names."""
+        if labels is not None:
+            write_list(self.path / "labels.txt", labels)
         save_recipe(recipe, self.path / "recipe.yaml")
         write_json(self.path / "plan.json", plan)
         write_json(self.path / "environment.json", environment())
@@ -189,18 +194,35 @@ def check_same_recipe(recipe: AnyStage, stored: object, directory: Path) -> None
         )
 
 
-def check_same_data(fingerprint: str, stored: object, directory: Path) -> None:
-    """Refuse to continue a run on other images.
+def check_same_origins(now: Mapping[str, str | None], stored: object, directory: Path) -> None:
+    """Refuse to continue a run on other images, labels, or another parent.
 
     Raises:
-        DataError: the fingerprint of the training images differs.
+        DataError: a fingerprint differs; the message names what.
     """
-    if fingerprint != stored:
+    before = stored if isinstance(stored, dict) else {}
+    changed = [name for name, value in now.items() if before.get(name) != value]
+    if changed:
         raise DataError(
-            f"{directory}: the training images are not those the run began with "
-            f"(fingerprint {fingerprint[:12]}, was {str(stored)[:12]}); "
-            "restore them, or use another --out for a new run"
+            f"{directory}: changed since the run began: {', '.join(changed)}; "
+            "restore what was, or use another --out for a new run"
         )
+
+
+def read_result(directory: Path) -> dict[str, object]:
+    """Read the result of a finished run.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    path = directory / "result.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict):
+        raise CheckpointError(f"{path} is damaged; remove it to run the stage's end again")
+    return found
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:

@@ -1,12 +1,14 @@
 """One stage in one run directory: from a recipe to its result."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+from bigsimclr.data import build_data
 from bigsimclr.engine.lock import hold_run
 from bigsimclr.engine.loop import Trained
-from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import CheckpointError
+from bigsimclr.engine.stop import Interrupted, StopRequest
+from bigsimclr.errors import CheckpointError, Stopped
 from bigsimclr.recipe import load_recipe
 from bigsimclr.recipe.schema import (
     AnyStage,
@@ -21,13 +23,17 @@ from bigsimclr.recipe.schema import (
 )
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.distill import distill
+from bigsimclr.stages.evaluate import labelled_held_out
 from bigsimclr.stages.finetune import train_with_labels
 from bigsimclr.stages.knn import evaluate_neighbours
+from bigsimclr.stages.load import parent_digest
 from bigsimclr.stages.pretrain import pretrain
-from bigsimclr.stages.result import Result, read_result, summary, write_result
+from bigsimclr.stages.result import Result, summary, write_result
 from bigsimclr.stages.run_directory import (
     RunDirectory,
+    check_same_origins,
     check_same_recipe,
+    read_result,
     recipe_facts,
     with_absolute_paths,
 )
@@ -70,12 +76,11 @@ def run_stage(
             deterministic=recipe.parallel.deterministic,
         )
         if isinstance(recipe, KnnRecipe):
-            return _neighbours(recipe, world, run, progress)
+            return _neighbours(recipe, world, run, progress, stop)
         trained, task = _train(recipe, world, run, progress, stop)
         metrics = {METRICS[name]: value for name, value in trained.values.items()}
         metrics["loss"] = trained.losses["train/loss"]
-        held_out = task.inputs.held_out
-        progress.end(summary(recipe, metrics, 0 if held_out is None else len(held_out)))
+        progress.end(summary(recipe, metrics, len(labelled_held_out(task.inputs))))
         return write_result(
             recipe,
             run,
@@ -83,6 +88,7 @@ def run_stage(
             metrics=metrics,
             examples=trained.examples,
             checkpoint=trained.checkpoint,
+            parent_digest=None if task.parent is None else task.parent.digest,
             seconds=trained.seconds,
         )
 
@@ -97,14 +103,30 @@ def finished_result(recipe: AnyStage, directory: Path) -> Result:
     stored = load_recipe(directory / "recipe.yaml")
     if isinstance(stored, PipelineRecipe):
         raise CheckpointError(f"{directory / 'recipe.yaml'} is a pipeline beside a stage's result")
-    check_same_recipe(with_absolute_paths(recipe), recipe_facts(stored), directory)
+    recipe = with_absolute_paths(recipe)
+    check_same_recipe(recipe, recipe_facts(stored), directory)
     found = read_result(directory)
+    _check_finished_origins(recipe, stored, found, directory)
     checkpoint, metrics = found.get("checkpoint"), found["metrics"]
     return Result(
         directory,
         directory / checkpoint if isinstance(checkpoint, str) else None,
         {str(k): float(v) for k, v in metrics.items()} if isinstance(metrics, dict) else {},
     )
+
+
+def _check_finished_origins(
+    recipe: AnyStage, stored: AnyStage, found: Mapping[str, object], directory: Path
+) -> None:
+    now: dict[str, str | None] = {}
+    before = {"parent": found.get("parent_digest")}
+    if not isinstance(recipe, PretrainRecipe | SupervisedRecipe) and recipe.parent is not None:
+        now["parent"] = parent_digest(recipe.parent)
+    if recipe.data != stored.data:
+        data = found.get("data")
+        before["images"] = data.get("fingerprint") if isinstance(data, dict) else None
+        now["images"] = build_data(recipe.data).train.fingerprint
+    check_same_origins(now, before, directory)
 
 
 def _train(
@@ -123,17 +145,23 @@ def _train(
             return train_with_labels(recipe, world=world, run=run, progress=progress, stop=stop)
 
 
-def _neighbours(recipe: KnnRecipe, world: World, run: RunDirectory, progress: Progress) -> Result:
+def _neighbours(
+    recipe: KnnRecipe, world: World, run: RunDirectory, progress: Progress, stop: StopRequest
+) -> Result:
     started = time.monotonic()
-    values, inputs = evaluate_neighbours(recipe, world=world, run=run)
-    metrics = {"accuracy": values["knn/accuracy"]}
-    progress.note(summary(recipe, metrics, len(inputs.held_out or ())))
+    try:
+        measured = evaluate_neighbours(recipe, world=world, run=run, stop=stop)
+    except Interrupted:
+        raise Stopped(f"by {stop.received}; the same command begins knn again") from None
+    metrics = {"accuracy": measured.accuracy}
+    progress.note(summary(recipe, metrics, len(labelled_held_out(measured.inputs))))
     return write_result(
         recipe,
         run,
-        inputs,
+        measured.inputs,
         metrics=metrics,
         examples=0,
         checkpoint=None,
+        parent_digest=measured.parent.digest,
         seconds=time.monotonic() - started,
     )

@@ -20,11 +20,12 @@ from bigsimclr.parallel import MakeOptimizer, Strategy, build_strategy
 from bigsimclr.recipe.plan import Plan, make_plan
 from bigsimclr.recipe.schema import AnyTraining
 from bigsimclr.report.progress import Progress
-from bigsimclr.report.records import Records
+from bigsimclr.report.records import Records, read_records
 from bigsimclr.stages.inputs import Inputs
+from bigsimclr.stages.load import Loaded
 from bigsimclr.stages.run_directory import (
     RunDirectory,
-    check_same_data,
+    check_same_origins,
     check_same_recipe,
     recipe_facts,
 )
@@ -38,6 +39,8 @@ class Task:
     objective: Objective
     architecture: Architecture
     inputs: Inputs
+    classes: tuple[str, ...]  # names of the classifier's outputs
+    parent: Loaded | None  # the run this one builds on
     views: int  # random views of each image
     evaluate: Evaluate
     evaluate_every: int | None  # updates; None: only at the end
@@ -70,18 +73,21 @@ def run_training(
     optimizer = strategy.prepare(task.objective.model, _optimizer_maker(recipe, plan))
     resume = newest_checkpoint(run.checkpoints)
     if resume is None:
-        run.describe(recipe, plan.as_facts())
+        run.describe(recipe, plan.as_facts(), labels=task.inputs.label_names)
     else:
         check_same_recipe(recipe, resume.facts["recipe"], run.path)
-        check_same_data(task.inputs.train.fingerprint, resume.facts["data"], run.path)
+        check_same_origins(_origins(task), resume.facts["origins"], run.path)
     records = Records(run.path, tensorboard=recipe.log.tensorboard)
     first = 0 if resume is None else resume.examples
     records.rewind(first)
+    known = {(record.examples, *record.values) for record in read_records(run.path)}
     progress.begin(title, plan.steps, first // plan.global_batch, _headline(plan))
     chance = {} if plan.chance_loss is None else {"train/chance_loss": plan.chance_loss}
 
     def report(examples: int, step: int, values: Mapping[str, float]) -> None:
         both = {**values, **chance} if "train/loss" in values else values
+        if (examples, *both) in known:
+            return  # evaluated before the run was interrupted
         records.write(examples=examples, step=step, values=both)
         progress.update(step, both)
 
@@ -107,6 +113,16 @@ def run_training(
         records.close()
 
 
+def _origins(task: Task) -> dict[str, str | None]:
+    held_out = task.inputs.held_out
+    return {
+        "training images": task.inputs.train.fingerprint,
+        "held-out images": None if held_out is None else held_out.fingerprint,
+        "labelled images": task.inputs.labels_hash,
+        "parent": None if task.parent is None else task.parent.digest,
+    }
+
+
 @contextmanager
 def _explained_memory(plan: Plan) -> Iterator[None]:
     try:
@@ -114,10 +130,11 @@ def _explained_memory(plan: Plan) -> Iterator[None]:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        less = max(1, plan.micro_batch // 2)
+        smaller = (n for n in range(plan.micro_batch // 2, 0, -1) if plan.rank_batch % n == 0)
         raise RecipeError(
             f"batch.micro_batch: out of memory with {plan.micro_batch} images per forward pass; "
-            f"batch.micro_batch={less} takes less for the same global batch"
+            f"batch.micro_batch={next(smaller, 1)} takes less for the same global batch "
+            "(in a new --out if this run has a checkpoint)"
         ) from error
 
 
@@ -158,9 +175,9 @@ def _assemble(
         checkpoints=run.checkpoints,
         facts={
             "recipe": recipe_facts(recipe),
-            "data": task.inputs.train.fingerprint,
+            "origins": _origins(task),
             "architecture": task.architecture.to_json(),
-            "classes": list(task.inputs.classes),
+            "classes": list(task.classes),
         },
     )
 

@@ -154,3 +154,9 @@ def test_a_missing_package_is_named() -> None:
         "else: raise SystemExit(1)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_file_that_is_trained_on_is_not_held_out(root: Path) -> None:
+    section = ParquetData(kind="parquet", root=root, train="*.parquet", held_out="test*.parquet")
+    with pytest.raises(DataError, match=r"test\.parquet matches data\.train"):
+        build_data(section)

@@ -41,11 +41,19 @@ def test_a_section_lists_its_keys() -> None:
     assert "  loss.queue.ema_decay" in explain("loss.queue").splitlines()
 
 
+def test_what_an_arrays_file_holds_and_where_it_is_looked_for() -> None:
+    text = explain("data.root")
+    for part in ("`images`, uint8 [N,H,W,3]", "`labels`, whole numbers [N]", "-1 for none"):
+        assert part in text
+    assert text.count("relative to the current directory") == 3
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
         ("loss.temperatur", "did you mean 'loss.temperature'?"),
         ("tau.queue", "did you mean 'loss.queue'?"),
+        ("lr", "did you mean 'optimizer.learning_rate'?"),
         ("qqqq", "all keys: bigsimclr explain --all"),
     ],
 )

@@ -123,13 +123,15 @@ _PRINTABLE = st.text(st.characters(codec="ascii", min_codepoint=32, max_codepoin
 @settings(deadline=None)
 @given(
     _PRINTABLE
-    | st.sampled_from(["1e5", "no", "010", "~", "null", "12:30", "é", "a: b", "#", "=", "<<"])
+    | st.sampled_from(
+        ["1e5", "no", "010", "~", "null", "12:30", "é", "a: b", "#", "=", "<<", "INF", ".nan"]
+    )
 )
 def test_any_text_reads_back_equal(text: str) -> None:
     recipe = parse_recipe(FINETUNE, overrides={"data.root": text, "data.train": text})
     assert isinstance(recipe, FinetuneRecipe)
     assert isinstance(recipe.data, FolderData)
-    assert recipe.data.root == Path(text)
+    assert recipe.data.root == (Path.home() if text == "~" else Path(text))
     assert recipe.data.train == text
     assert parse_recipe(recipe_text(recipe)) == recipe
 
@@ -214,6 +216,21 @@ def test_empty_override_is_null() -> None:
         ("loss.temperature", "'loss.temperature': write it as key=value"),
         ("=3", "'=3': write it as key=value"),
         ("loss..x=3", "'loss..x=3': write it as key=value"),
+        ("loss={temperatur: 1}", "loss: loss.temperatur: unknown key; did you mean 'temperature'?"),
+        ("los.temperature=1", "los.temperature: unknown key 'los'; did you mean 'loss'?"),
+        ("batch.update=accumulated", "batch.update: accumulated is not offered for a contrastive"),
+        ("optimizer.kind=adam", "optimizer.kind: no kind 'adam'; did you mean 'adamw'?"),
+        ("optimizer.kind=3", "optimizer.kind: should be one of lars, sgd, adamw, not 3"),
+        ("schedule.steps=3", "schedule.steps: the recipe sets epochs; add schedule.epochs=null"),
+        ("schedule.epochs=", "schedule.epochs: give exactly one of epochs and steps"),
+        ("lr=3", "lr: unknown key; did you mean 'optimizer.learning_rate'?"),
+        ("optimizer.lr=3", "optimizer.lr: unknown key; did you mean 'learning_rate'?"),
+        ("steps=3", "steps: unknown key; did you mean 'schedule.steps'?"),
+        ("parent=x", "parent: unknown key for this stage; it belongs to linear, "),
+        (
+            "parallel.device=gpu",
+            "parallel.device: should be 'auto', 'cpu' or 'cuda', not 'gpu'; did you mean 'cuda'?",
+        ),
         ("seed.x=3", "seed.x: seed: should be a whole number, not a section"),
         (
             "batch.global_batch.x=3",
@@ -223,6 +240,27 @@ def test_empty_override_is_null() -> None:
 )
 def test_bad_override_is_named(override: str, message: str) -> None:
     assert _refusal(PRETRAIN, [override]).startswith(f"override {message}")
+
+
+def test_another_amount_of_labels_needs_the_first_one_dropped() -> None:
+    message = "override labels.percent: the recipe sets per_class; add labels.per_class=null"
+    assert _refusal(FINETUNE, ["labels.percent=1"]) == message
+    recipe = parse_recipe(FINETUNE, overrides=["labels.percent=1", "labels.per_class=null"])
+    assert isinstance(recipe, FinetuneRecipe)
+    assert recipe.labels.percent == 1.0
+    both = _refusal(PRETRAIN, ["schedule.steps=3", "schedule.epochs=2"])
+    assert both == "override schedule.epochs: give exactly one of epochs and steps"
+
+
+def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = {"data.root": "~/images", "labels": {"list": "~/l.txt"}, "parent": "~user/x"}
+    recipe = parse_recipe(FINETUNE, overrides=overrides)
+    assert isinstance(recipe, FinetuneRecipe)
+    assert isinstance(recipe.data, FolderData)
+    assert recipe.data.root == tmp_path / "images"
+    assert recipe.labels.list == tmp_path / "l.txt"
+    assert recipe.parent == Path("~user/x")
 
 
 def test_override_given_twice() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bigsimclr.errors import RecipeError
-from bigsimclr.recipe import load_recipe, parse_overrides
+from bigsimclr.recipe import find_recipe, load_recipe, parse_overrides
 from bigsimclr.recipe.pipeline import PlannedRun, plan_pipeline
 from bigsimclr.recipe.schema import AnyStage, FinetuneRecipe, KnnRecipe, PipelineRecipe
 from tests.recipe.samples import FINETUNE, PIPELINE, PRETRAIN
@@ -28,6 +28,12 @@ def _plan(source: Path, *overrides: str) -> list[PlannedRun]:
     assert isinstance(recipe, PipelineRecipe)
     changes = parse_overrides(overrides)
     return plan_pipeline(recipe, source=source, overrides=changes, directory=Path("runs/x"))
+
+
+def _refusal(source: Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        _plan(source, *overrides)
+    return str(caught.value)
 
 
 def _recipes(runs: list[PlannedRun]) -> list[AnyStage]:
@@ -69,21 +75,45 @@ def test_override_for_one_step(source: Path) -> None:
             "override scedule.steps: no step has this key; did you mean 'schedule.",
         ),
         ("finetun.seed=1", "override finetun.seed: no step has this key"),
-        ("finetune.sed=1", "override sed: unknown key; did you mean 'seed'?"),
+        ("finetune.sed=1", "override finetune.sed: unknown key; did you mean 'seed'?"),
+        (
+            "pretran.schedule.epochs=3",
+            "override pretran.schedule.epochs: no step has this key; "
+            "did you mean 'pretrain.schedule.epochs'?",
+        ),
+        (
+            "pretrain.scedule.epochs=3",
+            "override pretrain.scedule.epochs: unknown key 'scedule'; did you mean 'schedule'?",
+        ),
+        (
+            "pretrain.schedule.steps=3",
+            "override pretrain.schedule.steps: the recipe sets epochs; "
+            "add pretrain.schedule.epochs=null",
+        ),
+        ("steps=3", "override steps: no step has this key; did you mean 'schedule.steps'?"),
+        ("lr=3", "override lr: no step has this key; did you mean 'optimizer.learning_rate'?"),
+        ("parent=runs/x", "override parent: the pipeline's steps have parents of their own"),
+        (
+            "finetune.parent=runs/x",
+            "override finetune.parent: the pipeline gives this step the parent 'pretrain'",
+        ),
+        (
+            "finetune.labels.per_class=3",
+            "override finetune.labels.per_class: the grid of step 'finetune' sets this key",
+        ),
         ("labels.per_class=3", "override labels.per_class: the grid of step 'finetune'"),
-        ("knn.batch_size=0", "override batch_size: should be greater than 0, not 0"),
+        ("knn.batch_size=0", "override knn.batch_size: should be greater than 0, not 0"),
     ],
 )
 def test_bad_override(source: Path, override: str, message: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        _plan(source, override)
-    assert str(caught.value).startswith(message)
+    assert _refusal(source, override).startswith(message)
 
 
 def test_unknown_recipe_of_a_step(source: Path) -> None:
     source.write_text(PIPELINE.replace("recipe: two", "recipe: tow"))
-    with pytest.raises(RecipeError, match="tow: no such file"):
-        _plan(source)
+    assert _refusal(source).startswith(
+        f"{source}:4: step 'finetune': recipe: tow: no such file and no recipe of that name; "
+    )
 
 
 def test_mistake_in_a_step_names_its_file(source: Path) -> None:
@@ -94,5 +124,62 @@ def test_mistake_in_a_step_names_its_file(source: Path) -> None:
 
 def test_pipeline_in_a_pipeline(source: Path) -> None:
     (source.parent / "two.yaml").write_text(PIPELINE)
-    with pytest.raises(RecipeError):
-        _plan(source)
+    assert _refusal(source) == (
+        f"{source}:4: step 'finetune': recipe: two is a pipeline; name the recipe of a stage"
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("{name: b, recipe: two}", "step 'b' (finetune) needs parent: NAME of an earlier step"),
+        (
+            "{name: b, recipe: three, parent: finetune}",
+            "step 'b' (knn) builds on a pretrain step, and 'finetune' is finetune",
+        ),
+        (
+            "{name: b, recipe: digits/6_distill, parent: pretrain}",
+            "step 'b' (distill) builds on a finetune or supervised or distill or linear step, "
+            "and 'pretrain' is pretrain",
+        ),
+        ("{name: b, recipe: one, parent: pretrain}", "step 'b' (pretrain) takes no parent; remove"),
+        (
+            "{name: b, recipe: one, grid: {seeds: [1, 2]}}",
+            "step 'b': grid: seeds: unknown key; did you mean 'seed'?",
+        ),
+        (
+            "{name: b, recipe: one, grid: {seed: [-1]}}",
+            "step 'b': grid: seed: should be greater than or equal to 0, not -1",
+        ),
+        (
+            "{name: b, recipe: two, parent: pretrain, grid: {labels.percent: [1]}}",
+            "step 'b': grid: labels.percent: the recipe sets per_class; take it out there",
+        ),
+    ],
+)
+def test_bad_step(source: Path, step: str, message: str) -> None:
+    source.write_text(f"{PIPELINE}  - {step}\n")
+    assert _refusal(source).startswith(f"{source}:5: {message}")
+
+
+def test_mistakes_of_all_steps_at_once(source: Path) -> None:
+    source.write_text(
+        PIPELINE.replace("recipe: two", "recipe: tow")
+        + "  - {name: b, recipe: two}\n  - {name: c, recipe: one, grid: {sed: [1, 2]}}\n"
+    )
+    lines = _refusal(source).splitlines()
+    assert [line.partition(": ")[0] for line in lines[:-1]] == [f"{source}:{n}" for n in (4, 5, 6)]
+    assert lines[-1] == "3 errors, nothing was started."
+
+
+def test_parent_outside_the_pipeline(source: Path) -> None:
+    source.write_text("stage: pipeline\nsteps:\n  - {name: b, recipe: two}\n")
+    (run,) = _plan(source, "b.parent=runs/other")
+    assert isinstance(run.recipe, FinetuneRecipe)
+    assert (run.recipe.parent, run.parent) == (Path("runs/other"), None)
+
+
+def test_copy_of_the_shipped_pipeline_works_anywhere(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(find_recipe("digits").read_text())
+    assert [run.path for run in _plan(file)] == [run.path for run in _plan(find_recipe("digits"))]

@@ -209,6 +209,7 @@ def test_page_shows_numbers_with_their_protocol(pipeline):
     assert "1 / class 72.0 ± 2.0 81.0 ± 2.0 86.0 ± 2.0 +14.0" in text
     assert "sample standard deviation over 5 label draws. Gain" in text
     assert "86.0% ± 2.0, 1 label per class" in text
+    assert "finetune finetune 1, 2, 5 / class" in text
     assert "Draw no. Seed Head layer Epochs" in text
     assert "86.0%\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}2.0" in page
     assert "2 ln(2N \N{MINUS SIGN} 1) = 12.47 for N = 256" in text

@@ -128,7 +128,7 @@ def test_changed_images_are_refused(tmp_path: Path) -> None:
         _run(tiny.recipe_of(tiny.PRETRAIN, *keys), tmp_path / "a", StopAfter(2, signal.SIGTERM))
     images[3, 2, 1, 0] ^= 255
     np.savez(tmp_path / "x.npz", images=images)
-    with pytest.raises(DataError, match="not those the run began with"):
+    with pytest.raises(DataError, match="changed since the run began: training images"):
         tiny.run(tiny.PRETRAIN, tmp_path / "a", *keys)
 
 

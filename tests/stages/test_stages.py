@@ -1,6 +1,7 @@
 """Every stage end to end on scanned digits, and what it must and must not change."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -312,3 +313,87 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "a" / "result.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"result\.json"):
         tiny.run(tiny.SUPERVISED, tmp_path / "a")
+
+
+def small_arrays(path: Path, labels: "np.ndarray", *, seed: int = 0) -> str:
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8)
+    np.savez(path, images=images, labels=labels)
+    return "data={kind: arrays, root: " + str(path) + ", held_out_fraction: 0.25}"
+
+
+def test_images_without_a_label_are_not_counted_as_errors(tmp_path: Path) -> None:
+    labels = np.where(np.arange(64) % 2 == 0, np.arange(64) % 4 // 2, -1)
+    data = small_arrays(tmp_path / "x.npz", labels)
+    tiny.run(tiny.SUPERVISED, tmp_path / "a", data, "labels={percent: 100.0}")
+    result = result_of(tmp_path / "a")
+    assert result["protocol"]["n"] < result["data"]["held_out"]
+    hits = result["metrics"]["accuracy"] * result["protocol"]["n"]
+    assert hits == pytest.approx(round(hits), abs=1e-4)
+
+
+def test_distilling_without_labels_keeps_the_teachers_classes(tmp_path: Path) -> None:
+    tiny.run(tiny.SUPERVISED, tmp_path / "teacher")
+    np.savez(tmp_path / "x.npz", images=np.zeros((40, 8, 8, 3), dtype=np.uint8))
+    data = "data={kind: arrays, root: " + str(tmp_path / "x.npz") + "}"
+    tiny.run(tiny.DISTILL, tmp_path / "a", data, f"parent={tmp_path / 'teacher'}")
+    assert load_run(tmp_path / "a").classes == tuple("0123456789")
+    assert result_of(tmp_path / "a")["metrics"].keys() == {"loss"}
+    assert result_of(tmp_path / "a")["data"]["labels"] is None
+
+
+def test_a_parent_that_was_run_again_is_noticed(tmp_path: Path) -> None:
+    tiny.run(tiny.PRETRAIN, tmp_path / "p")
+    tiny.run(tiny.FINETUNE, tmp_path / "a", f"parent={tmp_path / 'p'}")
+    shutil.rmtree(tmp_path / "p")
+    tiny.run(tiny.PRETRAIN, tmp_path / "p", "seed=5")
+    with pytest.raises(DataError, match="changed since the run began: parent"):
+        tiny.run(tiny.FINETUNE, tmp_path / "a", f"parent={tmp_path / 'p'}")
+
+
+def test_a_damaged_parent_is_not_replaced_by_an_older_one(tmp_path: Path) -> None:
+    tiny.run(tiny.PRETRAIN, tmp_path / "p")
+    model = tmp_path / "p" / "checkpoints" / f"{6 * 32:012}" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
+    assert newest_checkpoint(tmp_path / "p" / "checkpoints") is not None
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        tiny.run(tiny.KNN, tmp_path / "a", f"parent={tmp_path / 'p'}")
+
+
+def test_another_held_out_share_of_the_same_images_is_refused(tmp_path: Path) -> None:
+    labels = np.arange(64) % 4
+    data = small_arrays(tmp_path / "x.npz", labels)
+    tiny.run(tiny.PRETRAIN, tmp_path / "p", data)
+    tiny.run(tiny.KNN, tmp_path / "same", data, f"parent={tmp_path / 'p'}")
+    with pytest.raises(RecipeError, match=r"data\.split_seed=0 on the same images"):
+        tiny.run(tiny.KNN, tmp_path / "a", data, f"parent={tmp_path / 'p'}", "data.split_seed=1")
+
+
+def test_a_layer_beyond_the_head_is_refused_by_knn(tmp_path: Path, parent: Path) -> None:
+    with pytest.raises(RecipeError, match="beyond the 3 head layers"):
+        tiny.run(tiny.KNN, tmp_path / "a", f"parent={parent}", "from_layer=4")
+
+
+def test_a_queue_longer_than_the_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"at most loss\.queue\.length=1405"):
+        tiny.run(tiny.PRETRAIN, tmp_path / "a", "loss.queue.length=1406")
+
+
+def test_training_survives_a_failing_evaluation(tmp_path: Path) -> None:
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(4):
+            pixels = np.full((9, 9, 3), 60 * number, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    for number in (0, 1):
+        (tmp_path / "images" / "val" / "a" / f"{number}.png").write_bytes(b"")
+    keys = (
+        "data={kind: folder, root: " + str(tmp_path / "images") + ", train: train, held_out: val}",
+        "checkpoint.every_steps=null",
+    )
+    with pytest.raises(DataError, match="unreadable_limit"):
+        tiny.run(tiny.SUPERVISED, tmp_path / "a", *keys)
+    assert (tmp_path / "a" / "checkpoints" / f"{6 * 32:012}").is_dir()
+    tiny.run(tiny.SUPERVISED, tmp_path / "a", *keys, "input.unreadable_limit=0.5")
+    assert "accuracy" in result_of(tmp_path / "a")["metrics"]
