@@ -44,7 +44,7 @@ def _tell(error: BaseException) -> int:
         case BigSimCLRError():
             lines, code = [f"error: {line}" for line in str(error).splitlines()], error.exit_code
         case KeyboardInterrupt():
-            lines, code = ["interrupted"], 130
+            lines, code = [], 130  # `main` tells, since typer ends silently while it parses
         case _:
             what = " ".join(str(error).split())
             lines = [f"error: unexpected {type(error).__name__}: {what}; run again with --debug"]
@@ -84,7 +84,12 @@ def main() -> NoReturn:
     words = sys.argv[1:]
     if "--debug" in words and "--" not in words:
         words = ["--debug", *(word for word in words if word != "--debug")]
-    app(words, prog_name="bigsimclr")
+    try:
+        app(words, prog_name="bigsimclr")
+    except SystemExit as end:
+        if end.code == 130:
+            print("bigsimclr: interrupted", file=sys.stderr)
+        raise
     sys.exit(0)
 
 

@@ -302,11 +302,12 @@ def test_predictions_go_to_a_csv_file_only(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_interrupt_while_the_command_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+@pytest.mark.parametrize("module", ["typer", "pydantic"])  # pydantic comes while words are parsed
+def test_interrupt_while_the_command_is_loaded(module: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt\n")
     for program in ("-m bigsimclr", "-c from bigsimclr.__main__ import main; main()"):
         ended = subprocess.run(
-            [sys.executable, *program.split(" ", 1)],
+            [sys.executable, *program.split(" ", 1), "check", "digits"],
             env={"PYTHONPATH": str(tmp_path), "PATH": ""},
             capture_output=True,
             text=True,

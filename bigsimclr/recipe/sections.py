@@ -147,7 +147,7 @@ class LabelsSection(Section):
 
 
 class InputSection(Section):
-    """How images are read. None of these keys changes what is trained."""
+    """How images are read; only which of them count as readable can change what is trained."""
 
     workers: NonNegativeInt = 0
     """Worker processes that read, decode and crop; 0 works in the training process."""
@@ -174,7 +174,8 @@ class CropFlip(Section):
     resize: Literal["tf2", "tf1"] = "tf2"
     """Bicubic kernel: tf2 (half-pixel centres, a=-0.5), or tf1 as for the released weights."""
     eval_crop_proportion: Fraction = 0.875
-    """Side of the centre crop for evaluation, as a share of the shorter side (official: 0.875)."""
+    """Side of the centre crop for evaluation, as a share of the shorter side (official: 0.875).
+    Up to 32 pixels, square images are used whole, as the official code does."""
 
     @field_validator("crop_area")
     @classmethod
@@ -327,7 +328,8 @@ class BatchSection(Section):
     global_batch: PositiveInt
     """Images per update over all ranks (paper: 4096; fine-tuning: 1024)."""
     micro_batch: PositiveInt | None = None
-    """Images per forward pass on one rank; null: the rank's whole share. Changes memory only."""
+    """Images per forward pass on one rank; null: the rank's whole share. Loss and
+    gradient stay those of the batch; batch norm sees this many images at a time."""
     update: Literal["auto", "direct", "accumulated", "cached"] = "auto"
     """direct: one pass. accumulated: sums of gradients, exact for losses of single images. cached:
     exact for contrastive losses, one more forward pass. auto: the exact one that fits."""

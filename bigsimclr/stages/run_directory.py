@@ -18,9 +18,17 @@ from bigsimclr.recipe import save_recipe
 from bigsimclr.recipe.schema import AnyStage
 
 # Keys that change nothing about what is trained, so a run may continue with other values.
-FREE_SECTIONS = ("input", "log", "checkpoint")
+FREE_SECTIONS = ("log", "checkpoint")
 # Images, labels and parents are compared by what they are, wherever they lie.
-FREE_KEYS = ("parallel.cpu_threads", "data.root", "labels.list", "parent")
+FREE_KEYS = (
+    "parallel.cpu_threads",
+    "input.workers",
+    "input.prefetch_batches",
+    "input.unreadable_limit",
+    "data.root",
+    "labels.list",
+    "parent",
+)
 OWN_FILES = (
     "recipe.yaml",
     "plan.json",
