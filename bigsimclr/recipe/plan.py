@@ -117,13 +117,14 @@ def _batch_breaches(recipe: AnyTraining) -> list[tuple[str, str]]:
     ):
         breaches.append(("batch", "batch norm needs 2 images in every forward pass at least"))
     if batch.update == "accumulated" and isinstance(recipe, PretrainRecipe):
-        micro = batch.micro_batch or batch.global_batch
+        micro = batch.micro_batch or max(batch.global_batch // 2, 1)
         breaches.append(
             (
                 "batch.update",
-                "accumulated is not offered for a contrastive loss: every view would meet "
-                f"{2 * micro - 2} negatives instead of {2 * batch.global_batch - 2}; "
-                "use cached, which gives the loss and gradient of the whole batch",
+                "accumulated is not offered for a contrastive loss: with micro-batches of "
+                f"{micro} every view would meet {2 * micro - 2} negatives instead of "
+                f"{2 * batch.global_batch - 2}; use cached, which gives the loss and gradient of "
+                "the whole batch",
             )
         )
     if batch.micro_batch is not None and batch.micro_batch > batch.global_batch:

@@ -5,9 +5,11 @@ from collections.abc import Collection
 from bigsimclr.recipe.keys import nearest
 from bigsimclr.recipe.schema import PipelineRecipe
 
+_TRAINED = ("pretrain", "finetune", "supervised", "distill")
+
 PARENTS = {
-    "linear": ("pretrain",),
-    "knn": ("pretrain",),
+    "linear": _TRAINED,
+    "knn": _TRAINED,
     "finetune": ("pretrain",),
     "distill": ("finetune", "supervised", "distill", "linear"),
 }

@@ -75,9 +75,7 @@ def distill(
     recipe: DistillRecipe, *, world: World, run: RunDirectory, progress: Progress, stop: StopRequest
 ) -> tuple[Trained, Task]:
     """Distil a teacher into a student of the same or another architecture."""
-    teacher = load_parent(
-        recipe.parent, stages=("finetune", "supervised", "distill", "linear"), data=recipe.data
-    )
+    teacher = load_parent(recipe)
     if teacher.architecture.classes is None:
         raise RecipeError(
             f"parent: {recipe.parent} has no classifier to learn from; fine-tune it first"

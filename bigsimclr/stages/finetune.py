@@ -22,7 +22,7 @@ from bigsimclr.recipe.schema import FinetuneRecipe, LinearRecipe, SupervisedReci
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.evaluate import held_out_accuracy
 from bigsimclr.stages.inputs import Inputs, open_inputs
-from bigsimclr.stages.load import TRAINED, Loaded, check_layer, load_parent
+from bigsimclr.stages.load import Loaded, check_layer, load_parent
 from bigsimclr.stages.run_directory import RunDirectory
 from bigsimclr.stages.training import Task, plan_of, run_training
 from bigsimclr.world import World
@@ -96,8 +96,7 @@ def train_with_labels(
         )
         model = build_model(architecture, seed=recipe.seed)
     else:
-        allowed = TRAINED if isinstance(recipe, LinearRecipe) else ("pretrain",)
-        parent = load_parent(recipe.parent, stages=allowed, data=recipe.data)
+        parent = load_parent(recipe)
         architecture, model = _from_parent(recipe, parent, inputs)
     model.to(world.device)
     batch_size = plan_of(recipe, inputs, world).micro_batch

@@ -10,7 +10,7 @@ from bigsimclr.errors import DataError
 from bigsimclr.recipe.schema import KnnRecipe
 from bigsimclr.stages.evaluate import labelled_held_out, neighbour_accuracy
 from bigsimclr.stages.inputs import Inputs, open_inputs
-from bigsimclr.stages.load import TRAINED, Loaded, check_layer, load_parent
+from bigsimclr.stages.load import Loaded, check_layer, load_parent
 from bigsimclr.stages.run_directory import RunDirectory
 from bigsimclr.world import World
 
@@ -32,7 +32,7 @@ def evaluate_neighbours(
     Raises:
         DataError: there are no held-out images.
     """
-    parent = load_parent(recipe.parent, stages=TRAINED, data=recipe.data)
+    parent = load_parent(recipe)
     check_layer(recipe.from_layer, parent)
     inputs = open_inputs(
         recipe,

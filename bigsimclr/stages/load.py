@@ -9,11 +9,10 @@ from bigsimclr.engine.checkpoint import Checkpoint, newest_checkpoint, read_chec
 from bigsimclr.errors import CheckpointError, RecipeError
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import SimCLR
+from bigsimclr.recipe.schema import DistillRecipe, FinetuneRecipe, KnnRecipe, LinearRecipe
 from bigsimclr.recipe.sections import DataSection
+from bigsimclr.recipe.steps import PARENTS
 from bigsimclr.stages.run_directory import read_result
-
-TRAINED = ("pretrain", "finetune", "supervised", "distill")
-"""Stages whose runs hold a network that was trained."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +57,15 @@ def load_run(path: Path) -> Loaded:
     )
 
 
-def load_parent(parent: Path | None, *, stages: tuple[str, ...], data: DataSection) -> Loaded:
+def load_parent(recipe: LinearRecipe | KnnRecipe | FinetuneRecipe | DistillRecipe) -> Loaded:
     """Load the run a stage builds on.
-
-    Args:
-        parent: its run directory.
-        stages: the stages it may be a run of.
-        data: the images of the stage that asks.
 
     Raises:
         RecipeError: no parent is named, it is a run of another stage, or it trained on images that
             the stage that asks holds out.
         CheckpointError: the parent has no intact checkpoint, or is not finished.
     """
+    parent, stages = recipe.parent, PARENTS[recipe.stage]
     wanted = " or ".join(stages)
     if parent is None:
         raise RecipeError(
@@ -81,11 +76,11 @@ def load_parent(parent: Path | None, *, stages: tuple[str, ...], data: DataSecti
     if not (parent / "result.json").exists():
         raise CheckpointError(f"parent: {parent} is not finished; run it to its end first")
     loaded = load_run(parent)
-    recipe = loaded.facts.get("recipe")
-    stage = recipe.get("stage") if isinstance(recipe, dict) else None
+    before = loaded.facts.get("recipe")
+    stage = before.get("stage") if isinstance(before, dict) else None
     if stage not in stages:
         raise RecipeError(f"parent: {parent} is a {stage} run; this stage needs a {wanted} run")
-    _refuse_leak(parent, recipe.get("data") if isinstance(recipe, dict) else None, data)
+    _refuse_leak(parent, before.get("data") if isinstance(before, dict) else None, recipe.data)
     return loaded
 
 

@@ -134,8 +134,8 @@ def test_pipeline_in_a_pipeline(source: Path) -> None:
     [
         ("{name: b, recipe: two}", "step 'b' (finetune) needs parent: NAME of an earlier step"),
         (
-            "{name: b, recipe: three, parent: finetune}",
-            "step 'b' (knn) builds on a pretrain step, and 'finetune' is finetune",
+            "{name: b, recipe: two, parent: finetune}",
+            "step 'b' (finetune) builds on a pretrain step, and 'finetune' is finetune",
         ),
         (
             "{name: b, recipe: digits/6_distill, parent: pretrain}",
