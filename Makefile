@@ -55,9 +55,10 @@ fix: setup ## Repair what ruff can repair, and format
 storm: setup ## Kill and stop a tiny run many times and compare its weights with an undisturbed run
 	@$(BIN)/python -m benchmarks.storm --kills 20 --terms 20 -o benchmarks/results/storm.json
 
-bench: setup ## Time and memory of the loss, side by side with others
+bench: setup ## Time and memory of the loss, side by side with others; the digits pipeline
 	@$(INSTALL) --no-deps $(LIGHTLY)
 	@$(BIN)/python -m benchmarks.loss --output benchmarks/results/loss.json
+	@$(BIN)/python -m benchmarks.digits --output benchmarks/results/digits.json
 
 docs: setup ## Write docs/recipes.md again from the recipe schema
 	@$(BIN)/bigsimclr explain --all --markdown > docs/recipes.md.new

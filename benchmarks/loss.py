@@ -24,7 +24,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,7 +35,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine
 from bigsimclr.losses.nt_xent import nt_xent
+from bigsimclr.stages.run_directory import source_commit
 
 TEMPERATURE = 0.1
 WIDTH = 128
@@ -150,35 +151,6 @@ def peak_in_a_child(method: str, pairs: int) -> float:
     return int(answer.stdout) / 1e6
 
 
-def machine() -> dict[str, object]:
-    """Return what the figures depend on."""
-    models = {
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    }
-    return {
-        "cpu": ", ".join(sorted(models)) or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "lightly": importlib.metadata.version("lightly"),
-        "python": platform.python_version(),
-        "load_average_at_start": round(os.getloadavg()[0], 2),
-    }
-
-
-def commit() -> str | None:
-    """Return the commit that is measured, with a mark where the tree differs from it."""
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],  # noqa: S607 - the user's git
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return answer.stdout.strip() or None
-
-
 def measure(
     losses: dict[str, Loss], sizes: list[int], *, rounds: int, threads: list[int]
 ) -> list[dict[str, object]]:
@@ -225,14 +197,14 @@ def main() -> None:
     if arguments.peak is not None:
         print(peak_in_this_process(arguments.peak[0], int(arguments.peak[1])))
         return
-    facts = machine()
+    facts = {**machine(), "lightly": importlib.metadata.version("lightly")}
     losses = {method: build(method) for method in METHODS}
     wrong = errors(losses, arguments.pairs[0])
     sizes, threads = (" ".join(map(str, n)) for n in (arguments.pairs, arguments.threads))
     result = {
         "command": f"python -m benchmarks.loss --pairs {sizes} --threads {threads} "
         f"--rounds {arguments.rounds}",
-        "commit": commit(),
+        "commit": source_commit(),
         "machine": facts,
         "settings": {
             "width": WIDTH,

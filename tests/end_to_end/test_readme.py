@@ -80,4 +80,4 @@ def test_recipe_for_big_batches(home: Path) -> None:
 def test_python(tmp_path: Path) -> None:
     (program,) = _blocks("python")
     text = _run(["-c", f"{program}\nprint(features.dtype, list(features.shape))"], tmp_path)
-    assert text.splitlines()[-1] == "torch.float32 [8, 128]"
+    assert text.splitlines()[-1] == "torch.float32 [8, 192]"
