@@ -15,7 +15,7 @@ from bigsimclr.errors import BigSimCLRError, RecipeError, Stopped
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 unexpected, 2 usage or recipe, 3 data, 4 checkpoint, 5 numerics, "
-    "7 storage, 8 refused for security, 75 stopped on request: the same command continues, "
+    "7 storage, 75 stopped on request: the same command continues, "
     "130 interrupted."
 )
 

@@ -45,12 +45,6 @@ class StorageError(BigSimCLRError, OSError):
     exit_code = 7
 
 
-class SecurityError(BigSimCLRError):
-    """An input was refused because reading it could run code or exhaust the machine."""
-
-    exit_code = 8
-
-
 class Stopped(BigSimCLRError):  # noqa: N818 - a request, not a fault
     """The run was asked to stop, has saved its state, and continues with the same command."""
 

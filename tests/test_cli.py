@@ -260,7 +260,6 @@ def test_debug_shows_the_traceback_wherever_it_stands() -> None:
         ("errors.DataError('x')", 3, "error: x"),
         ("errors.CheckpointError('x')", 4, "error: x"),
         ("errors.NumericsError('x')", 5, "error: x"),
-        ("errors.SecurityError('x')", 8, "error: x"),
     ],
 )
 def test_exit_codes(raised: str, code: int, line: str) -> None:

@@ -15,7 +15,7 @@ from bigsimclr.engine.checkpoint import Checkpoint, save_checkpoint
 from bigsimclr.engine.step import compute_gradients
 from bigsimclr.engine.stop import Interrupted, StopRequest
 from bigsimclr.errors import CheckpointError, NumericsError, Stopped
-from bigsimclr.optim import load_optimizer_state, optimizer_state
+from bigsimclr.optim import load_optimizer_state, optimizer_state, set_learning_rate
 from bigsimclr.optim.schedule import warmup_cosine
 from bigsimclr.parallel import Strategy, Update
 from bigsimclr.recipe.plan import Plan
@@ -177,8 +177,7 @@ def _update(run: Run, batch: Batch, step: int, saved: Path | None) -> tuple[Loss
     rate = plan.peak_learning_rate * warmup_cosine(
         step, warmup_steps=plan.warmup_steps, total_steps=plan.steps
     )
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    set_learning_rate(run.optimizer, rate)
     try:
         losses = compute_gradients(
             run.objective,

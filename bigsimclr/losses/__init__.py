@@ -4,18 +4,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bigsimclr.losses.classify import cross_entropy, distillation
-from bigsimclr.losses.nt_xent import ContrastiveMetrics, NtXent, contrastive_metrics
+from bigsimclr.losses.nt_xent import ContrastiveMetrics, NtXent
 from bigsimclr.recipe.sections import NtXentLoss
-
-__all__ = [
-    "ContrastiveLoss",
-    "ContrastiveMetrics",
-    "build_loss",
-    "contrastive_metrics",
-    "cross_entropy",
-    "distillation",
-]
 
 
 class ContrastiveLoss(Protocol):

@@ -28,5 +28,5 @@ def publish(path: Path, text: str) -> Path:
     except OSError as error:
         beside.unlink(missing_ok=True)
         reason = error.strerror or type(error).__name__
-        raise StorageError(f"{path}: the report cannot be written ({reason})") from error
+        raise StorageError(f"{path} cannot be written: {reason}") from error
     return path

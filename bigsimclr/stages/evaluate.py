@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bigsimclr.data import Source
-from bigsimclr.engine.metrics import nearest_neighbour_accuracy
+from bigsimclr.engine.metrics import nearest_neighbour_accuracy, top_k_accuracy
 from bigsimclr.errors import DataError
 from bigsimclr.models.simclr import Outputs, SimCLR
 from bigsimclr.stages.inputs import Inputs
@@ -23,7 +23,6 @@ class Extracted:
     features: Tensor  # [N,F] float32, of the head layer asked for
     logits: Tensor | None  # [N,C] float32
     labels: Tensor  # [N] int64
-    indices: Tensor  # [N] int64, in the source
 
 
 @contextmanager
@@ -62,7 +61,7 @@ def extract(
         DataError: there are no images.
     """
     chosen = np.arange(len(source), dtype=np.int64) if indices is None else indices
-    features, logits, labels, seen = [], [], [], []
+    features, logits, labels = [], [], []
     with inference(model):
         for batch in inputs.evaluation(source, chosen, batch_size):
             outputs = model(inputs.views(batch))
@@ -70,14 +69,12 @@ def extract(
             if outputs.logits is not None:
                 logits.append(outputs.logits.float().cpu())
             labels.append(batch.labels)
-            seen.append(batch.indices)
     if not features:
         raise DataError("there is no image to evaluate on")
     return Extracted(
         torch.cat(features),
         torch.cat(logits) if logits else None,
         torch.cat(labels),
-        torch.cat(seen),
     )
 
 
@@ -91,7 +88,7 @@ def top1(extracted: Extracted) -> float:
     if extracted.logits is None:
         raise AssertionError("the model has no classifier")
     known = extracted.labels >= 0
-    return (extracted.logits.argmax(1) == extracted.labels)[known].float().mean().item()
+    return top_k_accuracy(extracted.logits[known], extracted.labels[known])
 
 
 def held_out_accuracy(model: SimCLR, inputs: Inputs, *, batch_size: int) -> dict[str, float]:

@@ -116,12 +116,16 @@ def digest_of(checkpoint: Path) -> str:
     return hashlib.sha256(manifest).hexdigest()
 
 
-def parent_digest(parent: Path) -> str:
-    """Identify the network of a finished run without reading it."""
-    name = read_result(parent).get("checkpoint")
+def final_checkpoint(run: Path) -> Path:
+    """Return the checkpoint that the result of a finished run is about.
+
+    Raises:
+        CheckpointError: the result is damaged, or nothing was trained.
+    """
+    name = read_result(run).get("checkpoint")
     if not isinstance(name, str):
-        raise CheckpointError(f"{parent} trained nothing and holds no network")
-    return digest_of(parent / name)
+        raise CheckpointError(f"{run} trained nothing and holds no network")
+    return run / name
 
 
 def check_layer(from_layer: int, parent: Loaded) -> None:
@@ -143,11 +147,8 @@ def _find(path: Path) -> Checkpoint:
     if (path / "manifest.json").exists():
         return read_checkpoint(path)
     if (path / "result.json").exists():
-        # The result is that of one checkpoint: an older one would be another network.
-        name = read_result(path).get("checkpoint")
-        if not isinstance(name, str):
-            raise CheckpointError(f"{path} trained nothing and holds no network")
-        return read_checkpoint(path / name)
+        # An older checkpoint would be another network than the one that was measured.
+        return read_checkpoint(final_checkpoint(path))
     checkpoint = newest_checkpoint(path / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{path} holds no checkpoint")

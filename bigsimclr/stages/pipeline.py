@@ -36,9 +36,9 @@ def run_pipeline(
         progress.note(f"{len(finished)} of {len(runs)} runs finished before")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _describe(recipe, runs, directory, command)
     except OSError as error:
         raise StorageError(f"{directory} cannot be written: {error.strerror}") from error
+    _describe(recipe, runs, directory, command)
     for number, run in enumerate(runs, start=1):
         if run in finished:
             continue

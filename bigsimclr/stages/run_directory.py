@@ -1,7 +1,6 @@
 """The directory of one run: what is written there, and whether it may be continued."""
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from bigsimclr.data.subsets import write_list
 from bigsimclr.errors import CheckpointError, DataError, RecipeError
 from bigsimclr.recipe import save_recipe
 from bigsimclr.recipe.schema import AnyStage
+from bigsimclr.report.publish import publish
 
 # Keys that change nothing about what is trained, so a run may continue with other values.
 FREE_SECTIONS = ("log", "checkpoint")
@@ -73,7 +73,7 @@ class RunDirectory:
         known = self.unreadable()
         if found.keys() - known.keys():
             lines = [f"{name}\t{why}\n" for name, why in sorted({**known, **found}.items())]
-            (self.path / "unreadable.txt").write_text("".join(lines), encoding="utf-8")
+            publish(self.path / "unreadable.txt", "".join(lines))
 
     def unreadable(self) -> dict[str, str]:
         """Return the images that could not be read so far, with the reasons."""
@@ -114,14 +114,12 @@ def refuse_strangers(directory: Path, own: Collection[str]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON so that the file is either whole or absent."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write JSON so that the file is either whole or absent.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    publish(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def add_command(directory: Path, command: str) -> None:
