@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
 TRUNCATION = 2.0
@@ -15,6 +16,9 @@ TRUNCATION = 2.0
 TRUNCATED_STD = 0.87962566103423978
 """Standard deviation of a unit normal distribution that is cut off at two."""
 DENSE_STD = 0.01
+_SAFE_WIDTH = 16
+"""Channels from which on strided 1x1 convolutions are left to oneDNN. Below the width of its blocks
+(8 on AVX2, 16 on AVX-512) a gradient is written beyond its buffer (uxlfoundation/oneDNN#6035)."""
 
 
 def _truncated_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
@@ -56,6 +60,19 @@ class Convolution(nn.Conv2d):
         if not self.weight.is_meta:
             std = math.sqrt(1.0 / (in_width * kernel * kernel)) / TRUNCATED_STD
             _truncated_normal(self.weight, std, generator)
+        self._skips_positions = kernel == 1 and stride > 1 and in_width < _SAFE_WIDTH
+
+    @override
+    def forward(
+        self,
+        images: Tensor,  # [N, C, H, W]
+    ) -> Tensor:  # [N, C', H / stride, W / stride], rounded up
+        """Convolve."""
+        if self._skips_positions:
+            # The same sums: what a stride passes over is left out beforehand.
+            step = self.stride[0]
+            return F.conv2d(images[:, :, ::step, ::step], self.weight)
+        return super().forward(images)
 
     @override
     def reset_parameters(self) -> None:

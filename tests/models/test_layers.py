@@ -50,3 +50,25 @@ def test_only_the_given_generator_decides() -> None:
     assert torch.equal(first.weight, second.weight)
     assert not torch.equal(first.weight, other.weight)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("in_width", [2, 4, 8, 15, 16, 24])
+@pytest.mark.parametrize("size", [7, 8])
+def test_strided_pointwise_gradients_match_float64(in_width: int, size: int) -> None:
+    layer = Convolution(in_width, 2 * in_width, kernel=1, stride=2, generator=generator())
+    layer.to(memory_format=torch.channels_last)
+    drawn = torch.randn(64, in_width, size, size, generator=generator(1))
+    images = drawn.to(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.randn(layer(images).shape, generator=generator(2))
+    (layer(images) * weights).sum().backward()
+    kernel = layer.weight.detach().double()[:, :, 0, 0]
+    seen, upstream = drawn.double()[:, :, ::2, ::2], weights.double()
+    expected = torch.einsum("nohw,nihw->oi", upstream, seen)
+    assert layer.weight.grad is not None
+    assert images.grad is not None
+    torch.testing.assert_close(
+        layer.weight.grad[:, :, 0, 0].double(), expected, rtol=1e-4, atol=1e-4
+    )
+    back = torch.zeros_like(drawn, dtype=torch.float64)
+    back[:, :, ::2, ::2] = torch.einsum("nohw,oi->nihw", upstream, kernel)
+    torch.testing.assert_close(images.grad.double(), back, rtol=1e-4, atol=1e-5)
