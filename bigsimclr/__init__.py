@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bigsimclr.optim.schedule import warmup_cosine
     from bigsimclr.recipe import load_recipe
     from bigsimclr.stages import run_recipe
+    from bigsimclr.stages.convert import export, import_tf
     from bigsimclr.stages.embed import embed
     from bigsimclr.stages.load import load_model
     from bigsimclr.world import World
@@ -32,6 +33,8 @@ _HOMES = {
     "World": "bigsimclr.world",
     "distillation": "bigsimclr.losses.classify",
     "embed": "bigsimclr.stages.embed",
+    "export": "bigsimclr.stages.convert",
+    "import_tf": "bigsimclr.stages.convert",
     "load_model": "bigsimclr.stages.load",
     "load_recipe": "bigsimclr.recipe",
     "nt_xent": "bigsimclr.losses.nt_xent",
@@ -49,6 +52,8 @@ __all__ = [
     "__version__",
     "distillation",
     "embed",
+    "export",
+    "import_tf",
     "load_model",
     "load_recipe",
     "nt_xent",

@@ -116,6 +116,7 @@ def test_check_of_a_pipeline_with_a_step_that_lacks_its_parent(tmp_path: Path) -
         result = _invoke(command, file)
         assert result.exit_code == 2
         line = f"{file}:4: step 'b' (finetune) needs parent: NAME of an earlier step"
+        line += ", or b.parent=RUN for one that exists"
         assert result.stderr == f"bigsimclr: error: {line}\n"
 
 

@@ -3,6 +3,7 @@
 Shapes: N images, H x W pixels, F = feature width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -118,6 +119,25 @@ def build_model(
     )
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # stubs lack it
     return model
+
+
+def restore_model(
+    architecture: Architecture,
+    weights: Mapping[str, "Tensor"],  # the whole state: parameters and running statistics
+) -> "SimCLR":
+    """Build a network around weights that exist, in evaluation mode; nothing is drawn.
+
+    Raises:
+        ValueError: the description contradicts itself.
+        RuntimeError: weights are missing, extra or misshapen.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = build_model(architecture, seed=0)
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # stubs lack it
+    return model.eval()
 
 
 def _build_backbone(section: ResNetBackbone, generator: "torch.Generator") -> "ResNet":

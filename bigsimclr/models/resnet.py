@@ -8,41 +8,17 @@ its variables, shortcut first, so that the two can be matched by position. Unlik
 first block of *every* group has a convolution in its shortcut, also in ResNet-18 and -34.
 """
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from bigsimclr.models.anatomy import DEPTHS, EXPANSION, GROUP_WIDTHS, scaled, stem_width
 from bigsimclr.models.layers import Convolution
 from bigsimclr.models.norm import BatchNorm
 from bigsimclr.models.selective import SelectiveKernel
-
-
-@dataclass(frozen=True)
-class _Depth:
-    blocks: tuple[int, int, int, int]  # per group
-    bottleneck: bool
-
-
-DEPTHS: Final = {
-    10: _Depth((1, 1, 1, 1), bottleneck=False),
-    18: _Depth((2, 2, 2, 2), bottleneck=False),
-    34: _Depth((3, 4, 6, 3), bottleneck=False),
-    50: _Depth((3, 4, 6, 3), bottleneck=True),
-    101: _Depth((3, 4, 23, 3), bottleneck=True),
-    152: _Depth((3, 8, 36, 3), bottleneck=True),
-    200: _Depth((3, 24, 36, 3), bottleneck=True),
-}
-GROUP_WIDTHS: Final = (64, 128, 256, 512)
-EXPANSION: Final = 4
-"""Output width of a bottleneck block over its inner width."""
-
-
-def _scaled(channels: int, width: float) -> int:
-    return round(channels * width)
 
 
 class SameMaxPool(nn.Module):
@@ -244,24 +220,21 @@ class ResNet(nn.Module):
         super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"depth {depth} is not one of {', '.join(map(str, DEPTHS))}")
-        stem_width = _scaled(GROUP_WIDTHS[0], width)
-        if stem_width < 2:
-            raise ValueError(f"width {width} leaves fewer than 2 of the stem's 64 channels")
+        in_width = stem_width(width)
         plan = DEPTHS[depth]
         self.conv1: nn.Module
         if stem == "cifar":
-            self.conv1 = Convolution(3, stem_width, kernel=3, generator=generator)
+            self.conv1 = Convolution(3, in_width, kernel=3, generator=generator)
         elif selective_kernel:
-            self.conv1 = _pooled_stem(stem_width, generator)
+            self.conv1 = _pooled_stem(in_width, generator)
         else:
-            self.conv1 = Convolution(3, stem_width, kernel=7, stride=2, generator=generator)
-        self.bn1 = BatchNorm(stem_width)
+            self.conv1 = Convolution(3, in_width, kernel=7, stride=2, generator=generator)
+        self.bn1 = BatchNorm(in_width)
         self.maxpool = nn.Identity() if stem == "cifar" else SameMaxPool()
 
         groups: list[nn.Sequential] = []
-        in_width = stem_width
         for number, (blocks, channels) in enumerate(zip(plan.blocks, GROUP_WIDTHS, strict=True)):
-            inner = _scaled(channels, width)
+            inner = scaled(channels, width)
             group = nn.Sequential()
             for index in range(blocks):
                 group.append(

@@ -3,19 +3,14 @@
 Shapes: N images, C channels in, F channels per stream, M channels of the bottleneck, H x W.
 """
 
-from typing import Final
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from bigsimclr.models.anatomy import selective_width
 from bigsimclr.models.layers import Convolution
 from bigsimclr.models.norm import BatchNorm
-
-RATIO: Final = 1 / 16
-"""Width of the bottleneck that chooses, as a share of the stream's width (paper: 1/16)."""
-LEAST_WIDTH: Final = 32
 
 
 class SelectiveKernel(nn.Module):
@@ -31,7 +26,7 @@ class SelectiveKernel(nn.Module):
         self, in_width: int, width: int, *, stride: int, generator: torch.Generator
     ) -> None:
         super().__init__()
-        chosen_width = max(int(width * RATIO), LEAST_WIDTH)
+        chosen_width = selective_width(width)
         self.conv = Convolution(in_width, 2 * width, kernel=3, stride=stride, generator=generator)
         self.bn = BatchNorm(2 * width)
         self.reduce = Convolution(width, chosen_width, kernel=1, generator=generator)

@@ -42,11 +42,15 @@ class _Step:
     file: Path
     stage: str | None
     keys: frozenset[str]  # dotted, of the stage
-    places: Mapping[str, str]  # "file:line" of the step's keys
+    written: Node  # the step as its pipeline's file has it
 
-    def line(self, key: str, text: str) -> str:
+    def line(self, *keys: str, text: str) -> str:
         """Say what is wrong with a key of the step, at its place."""
-        return show(f"{self.places[key]}: step '{self.step.name}'{text}", 1000)
+        return _step_line(self.step, self.written, keys, text)
+
+
+def _step_line(step: PipelineStep, written: Node, keys: Sequence[str], text: str) -> str:
+    return show(f"{deepest(written, keys).origin}: step '{step.name}'{text}", 1000)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def plan_pipeline(
     for step in steps:
         name = step.step.name
         points[name] = _points(step.step, points)
-        own = _overrides_of(step, steps, overrides)
+        own = [*_changes(step), *_overrides_of(step, steps, overrides)]
         for point in points[name]:
             stage, mistakes = try_recipe(step.file, [*own, *_given(step, point, directory)])
             lines += mistakes or _without_parent(step, stage)
@@ -100,28 +104,57 @@ def plan_pipeline(
     return runs
 
 
+def missing_inputs(run: PlannedRun) -> list[str]:
+    """Name the files that a run reads, that no earlier run makes, and that are not there.
+
+    Args:
+        run: of a pipeline, or of a single stage with an empty `step`.
+
+    Returns:
+        A line for each: its key as an override has it, the path, and what to do.
+    """
+    recipe, prefix = run.recipe, f"{run.step}." if run.step else ""
+    lines = []
+    labels = None if isinstance(recipe, PretrainRecipe) else recipe.labels
+    if labels is not None and labels.list is not None and not labels.list.is_file():
+        key = f"{prefix}labels"
+        hint = (
+            f"give {key}.list=FILE (ImageNet's official lists are imagenet_subsets/*.txt of "
+            f"google-research/simclr), or draw images: {key}.list=null {key}.percent=NUMBER"
+        )
+        lines.append(f"{key}.list: {_absent(labels.list)}; {hint}")
+    if run.parent is None and not isinstance(recipe, PretrainRecipe | SupervisedRecipe):
+        parent = recipe.parent
+        if parent is not None and not parent.exists():
+            hint = f"give {prefix}parent=DIR of a run, or a model file"
+            lines.append(f"{prefix}parent: {_absent(parent)}; {hint}")
+    return [show(line, 1000) for line in lines]
+
+
+def _absent(path: Path) -> str:
+    place = "" if path.is_absolute() else " (relative to the current directory)"
+    return f"there is no {path}{place}"
+
+
 def _find_steps(recipe: PipelineRecipe, source: Path, lines: list[str]) -> list[_Step]:
     """Find the recipes of the steps; a line is added for each that cannot be used."""
     root = tree_of(source)
     found = []
     for number, step in enumerate(recipe.steps):
-        places = {
-            key: deepest(root, ["steps", str(number), key]).origin
-            for key in ("name", "recipe", "parent", "grid")
-        }
+        written = deepest(root, ["steps", str(number)])
         try:
             file = find_recipe(step.recipe, beside=source.parent)
             stage = stage_of(file)
         except RecipeError as error:
-            lines.append(show(f"{places['recipe']}: step '{step.name}': recipe: {error}", 1000))
+            lines.append(_step_line(step, written, ["recipe"], f": recipe: {error}"))
             continue
         if stage == "pipeline":
-            text = f"{step.recipe} is a pipeline; name the recipe of a stage"
-            lines.append(show(f"{places['recipe']}: step '{step.name}': recipe: {text}", 1000))
+            text = f": recipe: {step.recipe} is a pipeline; name the recipe of a stage"
+            lines.append(_step_line(step, written, ["recipe"], text))
             continue
         section = STAGES.get(stage or "")
         keys = frozenset(() if section is None else dotted_keys(section))
-        found.append(_Step(step, file, stage, keys, places))
+        found.append(_Step(step, file, stage, keys, written))
     return found
 
 
@@ -135,10 +168,10 @@ def _unfit_parents(steps: Sequence[_Step]) -> list[str]:
             continue
         needed = PARENTS.get(step.stage, ())
         if not needed:
-            lines.append(step.line("parent", f" ({step.stage}) takes no parent; remove it"))
+            lines.append(step.line("parent", text=f" ({step.stage}) takes no parent; remove it"))
         elif stages.get(parent) in STAGES and stages[parent] not in needed:
             text = f"builds on a {' or '.join(needed)} step, and '{parent}' is {stages[parent]}"
-            lines.append(step.line("parent", f" ({step.stage}) {text}"))
+            lines.append(step.line("parent", text=f" ({step.stage}) {text}"))
     return lines
 
 
@@ -148,7 +181,9 @@ def _without_parent(step: _Step, recipe: Recipe | None) -> list[str]:
         return []
     if recipe.parent is not None or step.step.parent is not None:
         return []
-    return [step.line("name", f" ({step.stage}) needs parent: NAME of an earlier step")]
+    name = step.step.name
+    text = f"needs parent: NAME of an earlier step, or {name}.parent=RUN for one that exists"
+    return [step.line("name", text=f" ({step.stage}) {text}")]
 
 
 def _without_positions(key: str) -> str:
@@ -197,6 +232,14 @@ def _own_key(key: str, step: _Step, by_name: Mapping[str, _Step]) -> str | None:
     return key if _without_positions(key) in step.keys else None
 
 
+def _changes(step: _Step) -> list[tuple[str, Node]]:
+    """Return the keys that the pipeline's file sets in every run of a step."""
+    return [
+        (key, node_of(value, step.line("changes", key, text=f": changes: {show(key)}")))
+        for key, value in step.step.changes.items()
+    ]
+
+
 def _overrides_of(
     step: _Step, steps: Sequence[_Step], overrides: Mapping[str, object]
 ) -> list[tuple[str, Node]]:
@@ -213,10 +256,12 @@ def _given(step: _Step, point: _Point, directory: Path) -> list[tuple[str, Node]
     # An inherited point only names the run: its keys were the parent's.
     grid = point.grid if step.step.grid else {}
     nodes = [
-        (key, node_of(value, step.line("grid", f": grid: {key}"))) for key, value in grid.items()
+        (key, node_of(value, step.line("grid", key, text=f": grid: {show(key)}")))
+        for key, value in grid.items()
     ]
     if point.parent is not None and step.stage in PARENTS:
-        nodes.append(("parent", node_of(directory / point.parent, step.line("parent", ": parent"))))
+        origin = step.line("parent", text=": parent")
+        nodes.append(("parent", node_of(directory / point.parent, origin)))
     return nodes
 
 

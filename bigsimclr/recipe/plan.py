@@ -23,6 +23,15 @@ Update = Literal["direct", "accumulated", "cached"]
 
 
 @dataclass(frozen=True)
+class BatchShares:
+    """How the images of one update are spread; known before any image is counted."""
+
+    rank_batch: int  # images per update on one rank
+    micro_batch: int  # images per forward pass on one rank
+    update: Update
+
+
+@dataclass(frozen=True)
 class Plan:
     """Derived numbers of one training stage."""
 
@@ -143,13 +152,8 @@ def _batch_breaches(recipe: AnyTraining) -> list[tuple[str, str]]:
     return breaches
 
 
-def make_plan(recipe: AnyTraining, *, examples: int, world_size: int = 1) -> Plan:
-    """Derive the plan of a training stage.
-
-    Args:
-        recipe: the stage.
-        examples: number of training images the stage walks through.
-        world_size: number of ranks.
+def share_batch(recipe: AnyTraining, *, world_size: int = 1) -> BatchShares:
+    """Spread the images of one update over ranks and forward passes.
 
     Raises:
         RecipeError: the numbers do not fit together; the message names the key.
@@ -169,6 +173,22 @@ def make_plan(recipe: AnyTraining, *, examples: int, world_size: int = 1) -> Pla
         raise RecipeError(
             f"batch.micro_batch: {rank_batch} images per rank are not a multiple of {micro_batch}"
         )
+    update = _choose_update(recipe, whole=micro_batch == rank_batch)
+    return BatchShares(rank_batch, micro_batch, update)
+
+
+def make_plan(recipe: AnyTraining, *, examples: int, world_size: int = 1) -> Plan:
+    """Derive the plan of a training stage.
+
+    Args:
+        recipe: the stage.
+        examples: number of training images the stage walks through.
+        world_size: number of ranks.
+
+    Raises:
+        RecipeError: the numbers do not fit together; the message names the key.
+    """
+    shares, batch = share_batch(recipe, world_size=world_size), recipe.batch
     contrastive = recipe if isinstance(recipe, PretrainRecipe) else None
     if contrastive is not None and examples < batch.global_batch:
         raise RecipeError(
@@ -196,9 +216,9 @@ def make_plan(recipe: AnyTraining, *, examples: int, world_size: int = 1) -> Pla
         world_size=world_size,
         examples=examples,
         global_batch=batch.global_batch,
-        rank_batch=rank_batch,
-        micro_batch=micro_batch,
-        update=_choose_update(recipe, whole=micro_batch == rank_batch),
+        rank_batch=shares.rank_batch,
+        micro_batch=shares.micro_batch,
+        update=shares.update,
         steps=steps,
         warmup_steps=warmup,
         peak_learning_rate=scaled_rate(
@@ -223,45 +243,31 @@ def _power_of_two_below(number: int) -> int:
 
 
 def describe(
-    recipe: AnyStage, *, examples: int | None, held_out: int | None, world_size: int = 1
+    recipe: AnyStage, *, examples: int | None, world_size: int = 1
 ) -> list[tuple[str, str]]:
     """Say in words what a stage will do, as (topic, text) rows.
 
     Args:
         recipe: the stage.
         examples: number of training images; None where the data are not at hand.
-        held_out: number of held-out images; None where the data are not at hand.
         world_size: number of ranks.
 
     Raises:
         RecipeError: as `make_plan`.
     """
-    if examples is None:
-        rows = [("data", "not found here: steps and warm-up are not known")]
-    else:
-        rows = [("data", f"{examples:,} training images, {held_out or 0:,} held out")]
     if isinstance(recipe, KnnRecipe):
-        return [*rows, ("knn", f"{recipe.neighbours} neighbours, head layer {recipe.from_layer}")]
+        return [("knn", f"{recipe.neighbours} neighbours, head layer {recipe.from_layer}")]
     if examples is None:
-        for key, message in rule_breaches(recipe):
-            raise RecipeError(f"{key}: {message}")
-        return rows
+        return [_batch_row(recipe, world_size)]
     plan = make_plan(recipe, examples=examples, world_size=world_size)
-    rows.append(
+    rows = [
         (
             "steps",
             f"{plan.steps:,} updates of {plan.global_batch:,} images "
             f"({plan.steps / plan.steps_per_epoch:.1f} epochs), {plan.warmup_steps:,} warm-up",
-        )
-    )
-    rows.append(
-        (
-            "batch",
-            f"{plan.global_batch:,} = {world_size} rank{'s' * (world_size > 1)} "
-            f"x {plan.rank_batch:,}; "
-            f"micro-batch {plan.micro_batch:,}, update {plan.update}",
-        )
-    )
+        ),
+        _batch_row(recipe, world_size),
+    ]
     if plan.negatives is not None and plan.chance_loss is not None:
         rows.append(("negatives", f"{plan.negatives:,} for every view"))
         rows.append(("chance loss", f"{plan.chance_loss:.3f} nats, both directions"))
@@ -274,3 +280,12 @@ def describe(
         )
     )
     return rows
+
+
+def _batch_row(recipe: AnyTraining, world_size: int) -> tuple[str, str]:
+    shares = share_batch(recipe, world_size=world_size)
+    return (
+        "batch",
+        f"{recipe.batch.global_batch:,} = {world_size} rank{'s' * (world_size > 1)} "
+        f"x {shares.rank_batch:,}; micro-batch {shares.micro_batch:,}, update {shares.update}",
+    )

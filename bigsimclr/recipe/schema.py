@@ -83,7 +83,8 @@ class LinearRecipe(TrainingRecipe):
     stage: Literal["linear"]
     """Selects linear evaluation."""
     parent: UserPath | None = None
-    """Run directory of the pretraining run; relative to the current directory."""
+    """Run directory of the pretraining run, or a model file (.safetensors) written by `import-tf`
+    or `export`; relative to the current directory."""
     augment: CropFlip
     """Random crops for training, the centre crop for evaluation."""
     labels: LabelsSection = LabelsSection(percent=100.0)
@@ -98,7 +99,8 @@ class KnnRecipe(StageRecipe):
     stage: Literal["knn"]
     """Selects nearest-neighbour evaluation."""
     parent: UserPath | None = None
-    """Run directory of the pretraining run; relative to the current directory."""
+    """Run directory of the pretraining run, or a model file (.safetensors) written by `import-tf`
+    or `export`; relative to the current directory."""
     augment: CropFlip
     """Only `image_size`, `resize` and `eval_crop_proportion` are used: no randomness."""
     labels: LabelsSection = LabelsSection(percent=100.0)
@@ -117,7 +119,8 @@ class FinetuneRecipe(TrainingRecipe):
     stage: Literal["finetune"]
     """Selects fine-tuning."""
     parent: UserPath | None = None
-    """Run directory of the pretraining run; relative to the current directory."""
+    """Run directory of the pretraining run, or a model file (.safetensors) written by `import-tf`
+    or `export`; relative to the current directory."""
     augment: CropFlip
     """Random crops and flips for training, the centre crop for evaluation."""
     labels: LabelsSection
@@ -150,8 +153,8 @@ class DistillRecipe(TrainingRecipe):
     stage: Literal["distill"]
     """Selects distillation."""
     parent: UserPath | None = None
-    """Run directory of the teacher: a finetune, supervised, distill or linear run; relative to the
-    current directory."""
+    """The teacher: run directory of a finetune, supervised, distill or linear run, or a model file
+    (.safetensors) with a classifier; relative to the current directory."""
     augment: CropFlip
     """Random crops and flips; teacher and student see the same image."""
     backbone: ResNetBackbone | None = None
@@ -177,7 +180,11 @@ class PipelineStep(Section):
     """A recipe: a name that `bigsimclr recipes` lists, or a file beside this one."""
     parent: str | None = None
     """Name of an earlier step whose run is this step's parent: a pretrain step for linear, knn and
-    finetune; a finetune, supervised, distill or linear step for distill."""
+    finetune; a finetune, supervised, distill or linear step for distill. Without it, `parent` of
+    the stage's recipe, of `changes` or of the command line names a run or a model file."""
+    changes: dict[str, bool | int | float | str | None] = {}  # noqa: RUF012 - pydantic copies it
+    """Keys of the stage recipe, dotted, each with another value for this step. The command line
+    wins over them; a key of the grid cannot be among them."""
     grid: dict[str, tuple[int | float | str, ...]] = {}  # noqa: RUF012 - pydantic copies it
     """Keys of the stage recipe, each with values; one run per combination. A step without a grid
     runs once for every run of its parent; with one, its parent has the same grid or none."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from bigsimclr.errors import StorageError
 from bigsimclr.report.document import (
     Summary,
     commands,
@@ -23,7 +24,6 @@ from bigsimclr.report.figures import (
     curve_picture,
     pretraining_pictures,
 )
-from bigsimclr.report.publish import publish
 from bigsimclr.report.tables import (
     cell_text,
     curve_table,
@@ -34,6 +34,7 @@ from bigsimclr.report.tables import (
     result_line,
     tiles,
 )
+from bigsimclr.storage import publish
 
 _SECRETS = ("token", "secret", "password", "passwd", "credential", "api_key", "apikey")
 
@@ -70,8 +71,9 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         StorageError: the directory is missing or cannot be written.
     """
-    run_set = read_run_set(run_dir)
-    summary = summarise(run_set)
+    if not run_dir.is_dir():
+        raise StorageError(f"{run_dir / 'report.json'} cannot be written: no such directory")
+    summary = summarise(read_run_set(run_dir))
     publish(run_dir / "report.json", report_json(summary))
     return publish(run_dir / "report.html", render_page(summary))
 

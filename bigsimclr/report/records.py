@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigsimclr.errors import MissingExtraError
-from bigsimclr.report.publish import publish
+from bigsimclr.storage import publish
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

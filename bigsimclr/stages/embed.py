@@ -1,25 +1,25 @@
 """Embeddings and predictions: for tensors in memory, and for folders of images to files."""
 
 import csv
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bigsimclr.augment import view_settings
+from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.device import make_views
 from bigsimclr.data.folder import training_folder
 from bigsimclr.data.loader import evaluation_batches
-from bigsimclr.errors import CheckpointError, DataError, RecipeError, StorageError
+from bigsimclr.errors import CheckpointError, DataError, RecipeError
+from bigsimclr.interop import PortableModel
 from bigsimclr.models.simclr import SimCLR
-from bigsimclr.recipe.sections import CropFlip
 from bigsimclr.stages.evaluate import hidden, inference
-from bigsimclr.stages.load import Loaded, load_run
+from bigsimclr.stages.load import load_network
+from bigsimclr.storage import whole_file
 from bigsimclr.world import join_world
 
 
@@ -89,9 +89,9 @@ def embed_to_file(run: Path, images: Path, out: Path) -> Written:
         RecipeError: `out` does not end in .npz.
         StorageError: `out` cannot be written.
     """
-    with _whole(out, suffix=".npz") as temporary:
+    with _named(out, ".npz") as temporary:
         unreadable: dict[str, str] = {}
-        rows = list(_rows(load_run(run), images, unreadable))
+        rows = list(_rows(load_network(run).portable, images, unreadable))
         if not rows:
             raise DataError(f"{images}: no image could be read")
         names = np.array([row.name for row in rows])
@@ -107,38 +107,36 @@ def predict_to_file(run: Path, images: Path, out: Path) -> Written:
     Images that cannot be read are left out.
 
     Raises:
-        CheckpointError: the run has no classifier.
+        CheckpointError: the network has no classifier.
         DataError: the folder holds no image that can be read.
         RecipeError: `out` does not end in .csv.
         StorageError: `out` cannot be written.
     """
-    with _whole(out, suffix=".csv") as temporary:
-        loaded = load_run(run)
-        if loaded.architecture.classes is None:
+    with _named(out, ".csv") as temporary:
+        portable = load_network(run).portable
+        if portable.architecture.classes is None:
             raise CheckpointError(f"{run} has no classifier; fine-tune it first, or use embed")
         unreadable: dict[str, str] = {}
         written = 0
         with temporary.open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
             table.writerow(["name", "class", "probability"])
-            for row in _rows(loaded, images, unreadable):
+            for row in _rows(portable, images, unreadable):
                 if row.logits is None:
                     raise AssertionError("a classifier has logits")
                 probability, number = row.logits.softmax(0).max(0)
-                table.writerow([row.name, loaded.classes[int(number)], f"{probability:.6f}"])
+                table.writerow([row.name, portable.classes[int(number)], f"{probability:.6f}"])
                 written += 1
         if not written:
             raise DataError(f"{images}: no image could be read")
     return Written(written, tuple(unreadable))
 
 
-def _rows(loaded: Loaded, images: Path, unreadable: dict[str, str]) -> Iterator[_Row]:
-    source, settings = (
-        training_folder(images, ".", labelled=False, root_key=""),
-        view_settings(_augment_of(loaded)),
-    )
+def _rows(portable: PortableModel, images: Path, unreadable: dict[str, str]) -> Iterator[_Row]:
+    source = training_folder(images, ".", labelled=False, root_key="")
+    settings = ViewSettings(**asdict(portable.preprocessing))
     world = join_world()
-    model = loaded.model.to(world.device)
+    model = portable.model.to(world.device)
     with inference(model):
         for batch in evaluation_batches(
             source,
@@ -159,33 +157,7 @@ def _rows(loaded: Loaded, images: Path, unreadable: dict[str, str]) -> Iterator[
                 )
 
 
-def _augment_of(loaded: Loaded) -> CropFlip:
-    recipe = loaded.facts.get("recipe")
-    augment = recipe.get("augment") if isinstance(recipe, dict) else None
-    if not isinstance(augment, dict):
-        raise CheckpointError(f"{loaded.checkpoint} does not say how its images were prepared")
-    return CropFlip(
-        image_size=augment["image_size"],
-        resize=augment["resize"],
-        eval_crop_proportion=augment["eval_crop_proportion"],
-    )
-
-
-@contextmanager
-def _whole(out: Path, *, suffix: str) -> Iterator[Path]:
-    # Tried before the work begins; the file is whole or absent.
+def _named(out: Path, suffix: str) -> AbstractContextManager[Path]:
     if out.suffix != suffix:
         raise RecipeError(f"{out}: a file that ends in {suffix} is written; choose such a name")
-    if out.is_dir():
-        raise StorageError(f"{out} is a directory; name a file")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        raise StorageError(f"{out} cannot be written: {error.strerror}") from error
-    try:
-        yield temporary
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return whole_file(out, overwrite=True)

@@ -1,13 +1,18 @@
-"""A finished or running run, read back as a model."""
+"""A run, one of its checkpoints, or a model file, read back as a model."""
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from bigsimclr.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from bigsimclr.errors import CheckpointError, RecipeError
-from bigsimclr.models import Architecture, build_model
+from bigsimclr.interop import PortableModel, Preprocessing
+from bigsimclr.interop.model_file import read_model_file
+from bigsimclr.models import Architecture, restore_model
 from bigsimclr.models.simclr import SimCLR
 from bigsimclr.recipe.schema import DistillRecipe, FinetuneRecipe, KnnRecipe, LinearRecipe
 from bigsimclr.recipe.sections import DataSection
@@ -17,48 +22,73 @@ from bigsimclr.stages.run_directory import read_result
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with what its run knows about it."""
+    """A network with where it comes from."""
 
-    model: SimCLR  # in evaluation mode, on the CPU
-    architecture: Architecture
-    classes: tuple[str, ...]  # names of the classifier's outputs; empty without a classifier
-    facts: dict[str, object]  # of the checkpoint
-    checkpoint: Path
-    digest: str  # sha256 (hex) of the checkpoint's manifest, which names all its contents
+    portable: PortableModel
+    recipe: Mapping[str, object]  # of the run; empty for a model file
+    path: Path  # the checkpoint or the file
+    digest: str  # sha256 (hex) of the file, or of the checkpoint's manifest, which names all of it
+
+    @property
+    def model(self) -> SimCLR:
+        """Return the network, in evaluation mode, on the CPU."""
+        return self.portable.model
+
+    @property
+    def architecture(self) -> Architecture:
+        """Return the network's description."""
+        return self.portable.architecture
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classifier's outputs; empty without a classifier."""
+        return self.portable.classes
 
 
 def load_model(path: Path | str) -> SimCLR:
-    """Load the model of a run directory or of one checkpoint, in evaluation mode.
+    """Load the network of a run directory, of one checkpoint, or of a model file.
+
+    Args:
+        path: the run directory, the checkpoint's directory, or a `.safetensors` file that
+            `import-tf` or `export` wrote.
+
+    Returns:
+        The network in evaluation mode, on the CPU. It maps images [N,3,H,W], float32 in [0,1], to
+        `features` [N,F], `projections` (the output of each layer of the head) and `logits` [N,K],
+        which is None without a classifier.
 
     Raises:
-        CheckpointError: there is no intact checkpoint.
+        CheckpointError: there is no intact checkpoint, or the file is damaged.
     """
-    return load_run(Path(path)).model
+    return load_network(Path(path)).model
 
 
-def load_run(path: Path) -> Loaded:
-    """Load the model of a run directory or of one checkpoint with its facts.
+def load_network(path: Path) -> Loaded:
+    """Load the network of a run directory, of one checkpoint, or of a model file, with its origin.
 
     Raises:
-        CheckpointError: there is no intact checkpoint.
+        CheckpointError: there is no intact checkpoint, or the file is damaged.
     """
+    if path.is_file():
+        return Loaded(read_model_file(path), {}, path, digest_of(path))
     checkpoint = _find(path)
+    recipe = checkpoint.facts.get("recipe")
+    if not isinstance(recipe, dict):
+        raise CheckpointError(f"{checkpoint.path} does not say what trained it")
     architecture = _architecture(checkpoint)
-    model = build_model(architecture, seed=0)
-    model.load_state_dict(checkpoint.tensors["model"])
     classes = checkpoint.facts.get("classes")
-    return Loaded(
-        model=model.eval(),
+    portable = PortableModel(
+        model=restore_model(architecture, checkpoint.tensors["model"]),
         architecture=architecture,
         classes=tuple(str(name) for name in classes) if isinstance(classes, list) else (),
-        facts=checkpoint.facts,
-        checkpoint=checkpoint.path,
-        digest=digest_of(checkpoint.path),
+        preprocessing=_preprocessing(checkpoint.path, recipe.get("augment")),
+        origin=f"{recipe.get('stage')} run, {checkpoint.examples:,} examples seen",
     )
+    return Loaded(portable, recipe, checkpoint.path, digest_of(checkpoint.path))
 
 
 def load_parent(recipe: LinearRecipe | KnnRecipe | FinetuneRecipe | DistillRecipe) -> Loaded:
-    """Load the run a stage builds on.
+    """Load the run or the model file a stage builds on.
 
     Raises:
         RecipeError: no parent is named, it is a run of another stage, or it trained on images that
@@ -69,18 +99,20 @@ def load_parent(recipe: LinearRecipe | KnnRecipe | FinetuneRecipe | DistillRecip
     wanted = " or ".join(stages)
     if parent is None:
         raise RecipeError(
-            f"parent: this stage needs the run directory of a {wanted} run; give parent=DIR"
+            f"parent: this stage needs the run directory of a {wanted} run, or a model file; "
+            "give parent=DIR or parent=FILE"
         )
+    if parent.is_file():
+        return load_network(parent)
     if not parent.is_dir():
-        raise CheckpointError(f"parent: {parent} is not a run directory")
+        raise CheckpointError(f"parent: {parent} is not a run directory, nor a model file")
     if not (parent / "result.json").exists():
         raise CheckpointError(f"parent: {parent} is not finished; run it to its end first")
-    loaded = load_run(parent)
-    before = loaded.facts.get("recipe")
-    stage = before.get("stage") if isinstance(before, dict) else None
+    loaded = load_network(parent)
+    stage = loaded.recipe.get("stage")
     if stage not in stages:
         raise RecipeError(f"parent: {parent} is a {stage} run; this stage needs a {wanted} run")
-    _refuse_leak(parent, before.get("data") if isinstance(before, dict) else None, recipe.data)
+    _refuse_leak(parent, loaded.recipe.get("data"), recipe.data)
     return loaded
 
 
@@ -103,17 +135,26 @@ def _refuse_leak(parent: Path, before: object, data: DataSection) -> None:
         )
 
 
-def digest_of(checkpoint: Path) -> str:
-    """Identify a checkpoint by its contents.
+def digest_of(path: Path) -> str:
+    """Identify a checkpoint's directory or a model file by its contents.
 
     Raises:
         CheckpointError: it is not there.
     """
     try:
-        manifest = (checkpoint / "manifest.json").read_bytes()
+        with (path if path.is_file() else path / "manifest.json").open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(f"{checkpoint} cannot be read: {error.strerror}") from error
-    return hashlib.sha256(manifest).hexdigest()
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def digest_of_parent(parent: Path) -> str:
+    """Identify what a stage builds on: a finished run's network, or a model file.
+
+    Raises:
+        CheckpointError: it is not there, or not finished.
+    """
+    return digest_of(parent if parent.is_file() else final_checkpoint(parent))
 
 
 def final_checkpoint(run: Path) -> Path:
@@ -139,7 +180,7 @@ def check_layer(from_layer: int, parent: Loaded) -> None:
     if from_layer > layers:
         raise RecipeError(
             f"from_layer: {from_layer} is beyond the {layers} head layers of "
-            f"{parent.checkpoint}; use from_layer=0 for the backbone's features"
+            f"{parent.path}; use from_layer=0 for the backbone's features"
         )
 
 
@@ -151,7 +192,7 @@ def _find(path: Path) -> Checkpoint:
         return read_checkpoint(final_checkpoint(path))
     checkpoint = newest_checkpoint(path / "checkpoints")
     if checkpoint is None:
-        raise CheckpointError(f"{path} holds no checkpoint")
+        raise CheckpointError(f"{path} holds no checkpoint, and is no model file")
     return checkpoint
 
 
@@ -162,3 +203,13 @@ def _architecture(checkpoint: Checkpoint) -> Architecture:
         raise CheckpointError(
             f"{checkpoint.path} does not describe its network: {error}"
         ) from error
+
+
+def _preprocessing(checkpoint: Path, augment: object) -> Preprocessing:
+    known = augment if isinstance(augment, dict) else {}
+    try:
+        return TypeAdapter(Preprocessing).validate_python(
+            {entry.name: known.get(entry.name) for entry in fields(Preprocessing)}
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"{checkpoint} does not say how its images were prepared") from error

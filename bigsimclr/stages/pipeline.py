@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import Stopped, StorageError
-from bigsimclr.recipe.pipeline import PlannedRun
+from bigsimclr.errors import DataError, Stopped, StorageError
+from bigsimclr.recipe.pipeline import PlannedRun, missing_inputs
 from bigsimclr.recipe.schema import PipelineRecipe
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.run_directory import refuse_strangers, write_json
@@ -26,6 +26,7 @@ def run_pipeline(
     Raises:
         Stopped: a signal asked for it; the run in progress is saved.
         RecipeError: a finished run was another recipe, or the directory holds something else.
+        DataError: a list of labels or a parent that a later run reads is not there.
     """
     if not (directory / "pipeline.json").exists():
         refuse_strangers(directory, [step.name for step in recipe.steps])
@@ -34,6 +35,12 @@ def run_pipeline(
         finished_result(run.recipe, directory / run.path)
     if finished:
         progress.note(f"{len(finished)} of {len(runs)} runs finished before")
+    # What is missing is said now, not when the steps before it have run for weeks.
+    missing = dict.fromkeys(
+        line for run in runs if run not in finished for line in missing_inputs(run)
+    )
+    if missing:
+        raise DataError("\n".join(missing))
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -102,7 +102,7 @@ def _labels_used(recipe: AnyStage) -> dict[str, object]:
             "draw": labels.draw,
         }
     names = ("labels_per_class", "labels_percent", "draw")
-    if isinstance(recipe, DistillRecipe) and recipe.parent is not None:
+    if isinstance(recipe, DistillRecipe) and recipe.parent is not None and recipe.parent.is_dir():
         # A student has seen the labels its teacher saw.
         teacher = read_result(recipe.parent).get("protocol")
         return {name: teacher.get(name) for name in names} if isinstance(teacher, dict) else {}

@@ -15,7 +15,7 @@ from bigsimclr.data.subsets import write_list
 from bigsimclr.errors import CheckpointError, DataError, RecipeError
 from bigsimclr.recipe import save_recipe
 from bigsimclr.recipe.schema import AnyStage
-from bigsimclr.report.publish import publish
+from bigsimclr.storage import publish
 
 # Keys that change nothing about what is trained, so a run may continue with other values.
 FREE_SECTIONS = ("log", "checkpoint")

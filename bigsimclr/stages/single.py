@@ -26,7 +26,7 @@ from bigsimclr.stages.distill import distill
 from bigsimclr.stages.evaluate import labelled_held_out
 from bigsimclr.stages.finetune import train_with_labels
 from bigsimclr.stages.knn import evaluate_neighbours
-from bigsimclr.stages.load import digest_of, final_checkpoint
+from bigsimclr.stages.load import digest_of_parent
 from bigsimclr.stages.pretrain import pretrain
 from bigsimclr.stages.result import Result, summary, write_result
 from bigsimclr.stages.run_directory import (
@@ -121,7 +121,7 @@ def _check_finished_origins(
     now: dict[str, str | None] = {}
     before = {"parent": found.get("parent_digest")}
     if not isinstance(recipe, PretrainRecipe | SupervisedRecipe) and recipe.parent is not None:
-        now["parent"] = digest_of(final_checkpoint(recipe.parent))
+        now["parent"] = digest_of_parent(recipe.parent)
     if recipe.data != stored.data:
         data = found.get("data")
         before["images"] = data.get("fingerprint") if isinstance(data, dict) else None

@@ -18,6 +18,8 @@ PUBLIC = [
     "__version__",
     "distillation",
     "embed",
+    "export",
+    "import_tf",
     "load_model",
     "load_recipe",
     "nt_xent",

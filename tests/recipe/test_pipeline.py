@@ -4,10 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from bigsimclr.errors import RecipeError
-from bigsimclr.recipe import find_recipe, load_recipe, parse_overrides
-from bigsimclr.recipe.pipeline import PlannedRun, plan_pipeline
-from bigsimclr.recipe.schema import AnyStage, FinetuneRecipe, KnnRecipe, PipelineRecipe
+from bigsimclr.errors import DataError, RecipeError
+from bigsimclr.recipe import find_recipe, load_recipe, parse_overrides, recipe_text
+from bigsimclr.recipe.pipeline import PlannedRun, missing_inputs, plan_pipeline
+from bigsimclr.recipe.schema import (
+    AnyStage,
+    FinetuneRecipe,
+    KnnRecipe,
+    PipelineRecipe,
+    PretrainRecipe,
+)
+from bigsimclr.stages import run_recipe
 from tests.recipe.samples import FINETUNE, PIPELINE, PRETRAIN
 
 KNN = "stage: knn\ndata: {kind: digits}\naugment: {image_size: 16}\n"
@@ -172,11 +179,182 @@ def test_mistakes_of_all_steps_at_once(source: Path) -> None:
     assert lines[-1] == "3 errors, nothing was started."
 
 
-def test_parent_outside_the_pipeline(source: Path) -> None:
+@pytest.mark.parametrize(
+    "parent",
+    ["changes: {parent: runs/other}", "changes: {parent: net.safetensors}", ""],
+)
+def test_parent_outside_the_pipeline(source: Path, parent: str) -> None:
+    source.write_text(
+        f"stage: pipeline\nsteps:\n  - {{name: b, recipe: two, {parent}}}\n"
+        "  - {name: c, recipe: digits/6_distill, parent: b}\n"
+    )
+    first, second = _plan(source, *([] if parent else ["b.parent=net.safetensors"]))
+    assert isinstance(first.recipe, FinetuneRecipe)
+    named = "runs/other" if "runs" in parent else "net.safetensors"
+    assert (first.recipe.parent, first.parent) == (Path(named), None)
+    assert second.parent == "b"
+
+
+def test_parent_of_the_stage_recipe(source: Path) -> None:
+    (source.parent / "two.yaml").write_text(f"{FINETUNE}parent: ~/net.safetensors\n")
     source.write_text("stage: pipeline\nsteps:\n  - {name: b, recipe: two}\n")
-    (run,) = _plan(source, "b.parent=runs/other")
+    (run,) = _plan(source)
     assert isinstance(run.recipe, FinetuneRecipe)
-    assert (run.recipe.parent, run.parent) == (Path("runs/other"), None)
+    assert run.recipe.parent == Path.home() / "net.safetensors"
+
+
+CHANGED = """\
+stage: pipeline
+steps:
+  - name: a
+    recipe: one
+    changes:
+      backbone.depth: 18
+      optimizer.learning_rate: 0.2
+      parallel.deterministic: true
+      schedule.epochs: null
+      schedule.steps: 7
+      data.kind: digits
+  - name: b
+    recipe: two
+    parent: a
+    grid: {labels.per_class: [1, 2]}
+    changes: {batch.global_batch: 16}
+"""
+
+
+def test_changes_of_a_step(source: Path) -> None:
+    source.write_text(CHANGED)
+    first, *others = _plan(source)
+    recipe = first.recipe
+    assert isinstance(recipe, PretrainRecipe)
+    assert recipe.backbone.depth == 18
+    assert recipe.optimizer.learning_rate == 0.2
+    assert recipe.parallel.deterministic is True
+    assert (recipe.schedule.epochs, recipe.schedule.steps) == (None, 7)
+    assert recipe.batch.global_batch == 64
+    for number, run in enumerate(others, start=1):
+        assert isinstance(run.recipe, FinetuneRecipe)
+        assert (run.recipe.batch.global_batch, run.recipe.labels.per_class) == (16, number)
+
+
+def test_the_command_line_wins_over_changes(source: Path) -> None:
+    source.write_text(CHANGED)
+    runs = _plan(source, "optimizer.learning_rate=0.3", "b.batch.global_batch=32")
+    rates, batches = [], []
+    for run in runs:
+        assert isinstance(run.recipe, PretrainRecipe | FinetuneRecipe)
+        rates.append(run.recipe.optimizer.learning_rate)
+        batches.append(run.recipe.batch.global_batch)
+    assert rates == [0.3, 0.3, 0.3]
+    assert batches == [64, 32, 32]
+
+
+def test_changes_survive_writing_and_reading(source: Path) -> None:
+    source.write_text(CHANGED)
+    recipe = load_recipe(source)
+    (source.parent / "again.yaml").write_text(recipe_text(recipe))
+    assert load_recipe(source.parent / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("line", "mistake", "message"),
+    [
+        (6, "backbone.dept: 18", "changes: backbone.dept: unknown key; did you mean 'depth'?"),
+        (6, "bakbone.depth: 18", "changes: bakbone.depth: bakbone: unknown key; did you mean 'ba"),
+        (6, "lr: 18", "changes: lr: unknown key; did you mean 'optimizer.learning_rate'?"),
+        (6, "backbone.depth: 17", "changes: backbone.depth: should be 10, 18,"),
+        (6, "backbone.depth: [18]", "changes.backbone.depth: should be a number or text, not a l"),
+        (
+            7,
+            "schedule.steps: 2\n      schedule.epochs: 1",
+            "changes: schedule.epochs: give exactly",
+        ),
+        (6, "schedule.steps: 2", "changes: schedule.steps: the recipe sets epochs; take it out"),
+        (5, "stage: knn", "changes: stage: is the recipe's; name another recipe"),
+    ],
+)
+def test_bad_changes(source: Path, line: int, mistake: str, message: str) -> None:
+    head, _, tail = CHANGED.partition("      backbone.depth: 18\n")
+    tail = tail.partition("  - name: b")[0].partition("      optimizer")[0]
+    source.write_text(f"{head}      {mistake}\n{tail}")
+    assert _refusal(source).startswith(f"{source}:{line}: step 'a': {message}")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "changes: {batch.global_batch: 16}",
+            "changes: {labels.per_class: 3}",
+            "changes: labels.per_class: the grid sets this key too; keep one",
+        ),
+        (
+            "changes: {batch.global_batch: 16}",
+            "changes: {parent: runs/x}",
+            "changes: parent: the step has the parent 'a'; keep one",
+        ),
+        (
+            "changes: {batch.global_batch: 16}",
+            "changes: {parent: null}",
+            "changes: parent: the step has the parent 'a'; keep one",
+        ),
+        (
+            "grid: {labels.per_class: [1, 2]}",
+            "grid: {parent: [runs/x]}",
+            "grid: parent: the step has the parent 'a'; keep one",
+        ),
+    ],
+)
+def test_a_key_that_is_decided_twice(source: Path, old: str, new: str, message: str) -> None:
+    text = CHANGED.replace(old, new)
+    source.write_text(text)
+    number = text.partition(new)[0].count("\n") + 1
+    assert _refusal(source) == f"{source}:{number}: step 'b': {message}"
+
+
+def test_files_that_only_later_runs_read_must_be_there(source: Path) -> None:
+    source.write_text(
+        "stage: pipeline\nsteps:\n"
+        "  - {name: a, recipe: one}\n"
+        "  - {name: b, recipe: two, parent: a,"
+        " changes: {labels.per_class: null, labels.list: no/list.txt}}\n"
+        "  - {name: c, recipe: three, changes: {parent: no/net.safetensors}}\n"
+    )
+    runs = _plan(source)
+    lines = [missing_inputs(run) for run in runs]
+    assert lines == [
+        [],
+        [
+            "b.labels.list: there is no no/list.txt (relative to the current directory); give "
+            "b.labels.list=FILE (ImageNet's official lists are imagenet_subsets/*.txt of "
+            "google-research/simclr), or draw images: b.labels.list=null b.labels.percent=NUMBER"
+        ],
+        [
+            "c.parent: there is no no/net.safetensors (relative to the current directory); give "
+            "c.parent=DIR of a run, or a model file"
+        ],
+    ]
+    out = source.parent / "out"
+    with pytest.raises(DataError) as caught:
+        run_recipe(load_recipe(source), name="x", out=out, source=source)
+    assert str(caught.value).splitlines() == [*lines[1], *lines[2]]
+    assert not out.exists()
+
+
+def test_files_that_are_there_are_not_missing(source: Path) -> None:
+    (source.parent / "list.txt").write_text("a.png\n")
+    (source.parent / "net.safetensors").touch()
+    source.write_text(
+        "stage: pipeline\nsteps:\n"
+        "  - {name: b, recipe: two, changes:"
+        f" {{labels.per_class: null, labels.list: {source.parent / 'list.txt'},"
+        f" parent: {source.parent / 'net.safetensors'}}}}}\n"
+    )
+    assert [missing_inputs(run) for run in _plan(source)] == [[]]
+    (run,) = _plan(source, "b.labels.list=null", "b.labels.percent=1")
+    assert isinstance(run.recipe, FinetuneRecipe)
+    assert (run.recipe.labels.list, run.recipe.labels.percent) == (None, 1.0)
 
 
 def test_copy_of_the_shipped_pipeline_works_anywhere(tmp_path: Path) -> None:

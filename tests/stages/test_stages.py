@@ -13,7 +13,7 @@ from bigsimclr.engine.checkpoint import newest_checkpoint
 from bigsimclr.errors import CheckpointError, DataError, RecipeError, StorageError
 from bigsimclr.recipe.plan import make_plan
 from bigsimclr.stages.embed import embed, embed_to_file, predict_to_file
-from bigsimclr.stages.load import load_run
+from bigsimclr.stages.load import load_network
 from bigsimclr.stages.training import _explained_memory
 from tests.stages import tiny
 
@@ -30,7 +30,7 @@ def result_of(directory: Path) -> dict:
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_run(directory).model.state_dict()
+    return load_network(directory).model.state_dict()
 
 
 def test_pretraining_writes_the_whole_run_directory(parent: Path) -> None:
@@ -109,8 +109,8 @@ def test_supervised_and_distillation(tmp_path: Path) -> None:
     tiny.run(tiny.DISTILL, student, f"parent={teacher}")
     for name, tensor in weights(teacher).items():
         assert torch.equal(before[name], tensor), name
-    loaded = load_run(student)
-    assert loaded.architecture.backbone == load_run(teacher).architecture.backbone
+    loaded = load_network(student)
+    assert loaded.architecture.backbone == load_network(teacher).architecture.backbone
     assert loaded.classes == tuple("0123456789")
     tiny.run(
         tiny.DISTILL,
@@ -123,7 +123,7 @@ def test_supervised_and_distillation(tmp_path: Path) -> None:
         "labels.per_class=2",
         "batch.micro_batch=8",
     )
-    assert load_run(tmp_path / "small").architecture.backbone.depth == 18
+    assert load_network(tmp_path / "small").architecture.backbone.depth == 18
 
 
 def test_the_queue_survives_in_checkpoints(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_embedding_and_predicting_leave_unreadable_images_out(
     assert stored["features"].dtype == np.float32
     assert stored["names"][0] == "00.png"
     images = torch.from_numpy(np.full((1, 3, 8, 8), 0, dtype=np.uint8))
-    direct = embed(load_run(tmp_path / "a").model, images)
+    direct = embed(load_network(tmp_path / "a").model, images)
     np.testing.assert_allclose(stored["features"][:1], direct.numpy(), rtol=1e-4, atol=1e-5)
     predicted = predict_to_file(tmp_path / "a", broken_folder, tmp_path / "c.csv")
     rows = (tmp_path / "c.csv").read_text().splitlines()
@@ -337,7 +337,7 @@ def test_distilling_without_labels_keeps_the_teachers_classes(tmp_path: Path) ->
     np.savez(tmp_path / "x.npz", images=np.zeros((40, 8, 8, 3), dtype=np.uint8))
     data = "data={kind: arrays, root: " + str(tmp_path / "x.npz") + "}"
     tiny.run(tiny.DISTILL, tmp_path / "a", data, f"parent={tmp_path / 'teacher'}")
-    assert load_run(tmp_path / "a").classes == tuple("0123456789")
+    assert load_network(tmp_path / "a").classes == tuple("0123456789")
     assert result_of(tmp_path / "a")["metrics"].keys() == {"loss"}
     assert result_of(tmp_path / "a")["data"]["labels"] is None
 

@@ -1,0 +1,90 @@
+"""Commands that run a recipe or say what it means here."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bigsimclr.cli.command import OverridesArgument, RecipeArgument, RunArgument
+
+
+def run(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="RUN", help="Run directory; default: runs/RECIPE."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Report no progress.")] = False,
+) -> None:
+    """Run a recipe to its end, or continue it.
+
+    The report is written last. The same command continues a stopped run.
+
+    For a pipeline, KEY=VALUE changes every step that has the key, STEP.KEY=VALUE one step.
+    """
+    from bigsimclr.recipe import (
+        find_recipe,
+        is_pipeline,
+        load_recipe,
+        parse_overrides,
+        run_name,
+    )
+
+    source = find_recipe(recipe)
+    changes = overrides or []
+    loaded = load_recipe(source, () if is_pipeline(source) else changes)
+
+    from bigsimclr.stages import run_recipe
+
+    run_recipe(
+        loaded,
+        name=run_name(recipe),
+        out=out,
+        show=not quiet,
+        source=source,
+        overrides=parse_overrides(changes) if is_pipeline(source) else None,
+        command=shlex.join(["bigsimclr", "run", recipe, *changes]),
+    )
+
+
+def check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    world_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of ranks to plan for.")
+    ] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print all defaults and what the recipe means here.
+
+    Nothing is started. For a pipeline, one line for each run; with --json every run's defaults.
+    """
+    from bigsimclr.checking import check_recipe, pipeline_text, stage_text
+
+    runs = check_recipe(recipe, overrides or [], world_size=world_size)
+    if as_json:
+        print(json.dumps([run.as_facts() for run in runs], indent=2))
+    elif runs[0].path:
+        print(pipeline_text(runs))
+    else:
+        print(stage_text(runs[0]))
+
+
+def report(run_directory: RunArgument) -> None:
+    """Write report.html and report.json of a run or a pipeline again."""
+    from bigsimclr.errors import CheckpointError
+
+    if not any((run_directory / name).is_file() for name in ("recipe.yaml", "pipeline.yaml")):
+        what = "is not a run directory (no recipe.yaml or pipeline.yaml)"
+        raise CheckpointError(
+            f"{run_directory} {what if run_directory.is_dir() else 'is no folder'}"
+        )
+
+    from bigsimclr.report.html import write_report
+
+    print(write_report(run_directory))

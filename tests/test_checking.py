@@ -1,0 +1,354 @@
+"""What `check` says of a run before it begins: networks, arithmetic, memory, steps."""
+
+import json
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from bigsimclr.checking import CheckedRun, check_recipe, pipeline_text, stage_text
+from bigsimclr.checking.costs import StageCost, si
+from bigsimclr.errors import RecipeError
+from bigsimclr.interop import PortableModel, Preprocessing
+from bigsimclr.interop.model_file import write_model_file
+from bigsimclr.models import Architecture, build_model
+from bigsimclr.models.cost import cost
+from bigsimclr.recipe.sections import HeadSection, ResNetBackbone
+from tests.recipe.samples import FINETUNE, PRETRAIN
+from tests.stages import tiny
+
+# The paper's pretraining of the smallest network, on a machine without the images.
+IMAGENET = """\
+stage: pretrain
+data: {kind: folder, root: nowhere}
+augment: {image_size: 224}
+backbone: {depth: 50}
+optimizer: {kind: lars, learning_rate: 0.1}
+schedule: {epochs: 800, warmup_epochs: 40}
+batch: {global_batch: 4096}
+"""
+LABELS = """\
+data: {kind: folder, root: nowhere}
+augment: {image_size: 224}
+optimizer: {kind: lars, learning_rate: 0.01}
+schedule: {epochs: 60}
+batch: {global_batch: 1024}
+"""
+IMAGES = 1_281_167
+R50 = ResNetBackbone(depth=50)
+PRETRAINED = Architecture(R50, HeadSection(), None, from_layer=0)
+
+Check = Callable[..., CheckedRun]
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    def run(
+        text: str, *changes: str, examples: int | None = None, world_size: int = 1
+    ) -> CheckedRun:
+        file = tmp_path / "mine.yaml"
+        file.write_text(text)
+        (found,) = check_recipe(str(file), changes, world_size=world_size, examples=examples)
+        return found
+
+    return run
+
+
+def costs(found: CheckedRun) -> StageCost:
+    assert found.cost is not None
+    return found.cost
+
+
+def rows(found: CheckedRun) -> dict[str, str]:
+    topics = [topic for topic, _ in found.rows]
+    assert len(set(topics)) == len(topics)
+    return dict(found.rows)
+
+
+def model_file(path: Path, architecture: Architecture) -> str:
+    names = tuple(f"class {number}" for number in range(architecture.classes or 0))
+    model = build_model(architecture, seed=0).eval()
+    prepared = Preprocessing(image_size=32, resize="tf2", eval_crop_proportion=1.0)
+    write_model_file(path, PortableModel(model, architecture, names, prepared, "a test"))
+    return str(path)
+
+
+def test_the_paper_without_its_images(check: Check) -> None:
+    found = check(IMAGENET, examples=IMAGES)
+    texts = rows(found)
+    # The number of the released checkpoints' last update.
+    assert texts["steps"].startswith("250,228 updates of 4,096 images (800.0 epochs), 12,511 ")
+    assert texts["data"].startswith("1,281,167 training images, as given; data.root: now")
+    assert texts["parameters"] == (
+        "32.2 M: backbone 23.5 M (23.6 M with batch norm's statistics, as the paper counts), "
+        "head 8.66 M, the classifier not counted, as its classes are not known here"
+    )
+    assert texts["compute"] == (
+        "8.19 GFLOP forward per view, x 3 with the backward pass: 201 TFLOP per update, "
+        "50.4 EFLOP in all"
+    )
+    assert texts["memory"] == (
+        "activations 85.3 MB kept per view; about 699 GB per rank: 386 MB weights, gradients, "
+        "moments + 699 GB for 8,192 views; images, loss and workspaces come on top"
+    )
+    network = cost(PRETRAINED, image_size=224)
+    assert costs(found).update_flops == 4096 * 2 * 3 * network.total.flops
+    assert costs(found).total_flops == 250_228 * 4096 * 2 * 3 * network.total.flops
+
+
+def test_steps_stay_unknown_without_images_or_their_number(check: Check) -> None:
+    found = check(IMAGENET)
+    assert rows(found)["data"].startswith("steps are not known: data.root: nowhere does not exist")
+    assert "steps" not in rows(found)
+    assert rows(found)["batch"].startswith("4,096 = 1 rank x 4,096; ")
+    assert costs(found).total_flops is None
+    assert costs(found).update_flops == costs(check(IMAGENET, examples=IMAGES)).update_flops
+    fixed = check(IMAGENET.replace("epochs: 800, warmup_epochs: 40", "steps: 7"))
+    assert costs(fixed).total_flops == 7 * costs(fixed).update_flops
+
+
+def test_images_that_are_here_are_counted(check: Check) -> None:
+    assert rows(check(PRETRAIN, examples=IMAGES))["data"] == "1,437 training images, 360 held out"
+
+
+def test_labelled_images_of_a_given_number(check: Check) -> None:
+    text = f"stage: supervised\nbackbone: {{depth: 50}}\nlabels: {{percent: 1}}\n{LABELS}"
+    found = check(text, examples=IMAGES)
+    assert rows(found)["data"].startswith("12,811 training images of 1,281,167, as given; ")
+    assert rows(found)["steps"].startswith("751 updates")
+    unknown = check(text.replace("percent: 1", "per_class: 13"), examples=IMAGES)
+    assert rows(unknown)["data"].startswith("steps are not known: data.root: nowhere")
+
+
+@pytest.mark.parametrize("world_size", [1, 64])
+def test_memory_is_divided_and_weights_are_not(check: Check, world_size: int) -> None:
+    network = cost(PRETRAINED, image_size=224).total
+    states = 12 * network.parameters + 4 * network.statistics
+    found = costs(check(IMAGENET, world_size=world_size))
+    assert found.state_bytes == states
+    assert found.memory_bytes == states + 2 * 4096 // world_size * network.activation_bytes
+    cached = costs(check(IMAGENET, "batch.micro_batch=16", world_size=world_size))
+    assert cached.memory_bytes == states + 2 * 16 * network.activation_bytes
+    assert cached.update_flops == 4096 * 2 * 4 * network.flops
+
+
+def test_sixteen_bits_two_moments_and_the_queue(check: Check) -> None:
+    half = cost(PRETRAINED, image_size=224, precision="bf16").total
+    found = costs(check(IMAGENET, "parallel.precision=bf16"))
+    assert found.state_bytes == 14 * half.parameters + 4 * half.statistics
+    assert found.view_bytes == half.activation_bytes
+    adam = costs(check(IMAGENET.replace("lars", "adamw")))
+    assert adam.state_bytes == 16 * half.parameters + 4 * half.statistics
+    queue = costs(check(IMAGENET, "loss.queue={length: 1000}"))
+    assert queue.state_bytes == 16 * half.parameters + 8 * half.statistics + 4 * 1000 * 128
+    assert queue.update_flops == 4096 * 7 * half.flops
+    assert "averaged copy" in rows(check(IMAGENET, "loss.queue={length: 1000}"))["compute"]
+
+
+def test_classes_are_the_folders(check: Check, tmp_path: Path) -> None:
+    for name in ("cat", "dog", "owl", ".hidden"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.png").write_bytes(b"")
+    (tmp_path / "images" / ".hidden" / "1.png").unlink()
+    here = [f"data.root={tmp_path / 'images'}", "batch.global_batch=2", "schedule.warmup_epochs=0"]
+    found = check(IMAGENET, *here)
+    assert found.network == Architecture(R50, HeadSection(), 3, from_layer=0)
+    assert rows(found)["parameters"].endswith("head 8.66 M, classifier 6.15 k")
+    for change in ("probe.linear=false", "data.labelled=false"):
+        other = check(IMAGENET, *here, change)
+        assert other.network == PRETRAINED
+        assert rows(other)["parameters"].endswith("head 8.66 M")
+
+
+def test_a_network_of_a_model_file(check: Check, tmp_path: Path) -> None:
+    small = ResNetBackbone(depth=18, width=0.25)
+    known = Architecture(small, HeadSection(layers=2), 5, from_layer=1)
+    parent = f"parent={model_file(tmp_path / 'm.safetensors', known)}"
+
+    tuned = check(f"stage: finetune\nlabels: {{percent: 1}}\n{LABELS}", parent, examples=IMAGES)
+    kept = Architecture(small, HeadSection(layers=2), None, from_layer=1, keep_head_layers=1)
+    assert tuned.network == kept
+    whole = cost(kept, image_size=224)
+    assert costs(tuned).update_flops == 1024 * 3 * whole.total.flops
+    assert costs(tuned).memory_bytes == (
+        12 * whole.total.parameters
+        + 4 * whole.total.statistics
+        + 1024 * whole.total.activation_bytes
+    )
+
+    linear = check(f"stage: linear\n{LABELS}", parent, "data={kind: digits}")
+    frozen = Architecture(small, HeadSection(layers=2), 10, from_layer=0, keep_head_layers=0)
+    assert linear.network == frozen
+    whole = cost(frozen, image_size=224, frozen=True)
+    assert costs(linear).update_flops == 1024 * (whole.total.flops + 2 * 2 * 128 * 10)
+    assert costs(linear).state_bytes == (
+        4 * (whole.total.parameters + whole.total.statistics) + 8 * (128 + 1) * 10
+    )
+    assert costs(linear).view_bytes == 4 * 128 + 4 * 4 * 16 * 112 * 112
+
+    student = check(f"stage: distill\n{LABELS}", parent, "batch.micro_batch=256")
+    own = Architecture(small, HeadSection(), 5, from_layer=0, keep_head_layers=0)
+    assert student.network == own
+    taught, teacher = cost(own, image_size=224), cost(known, image_size=224)
+    assert costs(student).update_flops == 1024 * (3 * taught.total.flops + teacher.total.flops)
+    assert costs(student).state_bytes == (
+        12 * taught.total.parameters
+        + 4 * taught.total.statistics
+        + 4 * (teacher.total.parameters + teacher.total.statistics)
+    )
+    assert "the teacher's forward pass" in rows(student)["compute"]
+
+
+def test_a_network_of_a_finished_run(check: Check, tmp_path: Path) -> None:
+    shortest = ["schedule.steps=1", "checkpoint.every_steps=null", "probe.knn_every_epochs=null"]
+    tiny.run(tiny.PRETRAIN, tmp_path / "run", *shortest)
+    found = check(tiny.FINETUNE, f"parent={tmp_path / 'run'}")
+    assert found.network == Architecture(
+        ResNetBackbone(depth=10, width=0.0625, stem="cifar"),
+        HeadSection(layers=3, output_width=16),
+        10,
+        from_layer=1,
+        keep_head_layers=1,
+    )
+    with pytest.raises(RecipeError, match="from_layer: 4 is beyond the 3 head layers of the par"):
+        check(tiny.FINETUNE, f"parent={tmp_path / 'run'}", "from_layer=4")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"\x02\0\0\0\0\0\0\0{}", b"\xff" * 64, b"\x08\0\0\0\0\0\0\0" + b"[" * 8],
+)
+def test_a_parent_that_is_no_network(check: Check, tmp_path: Path, content: bytes | None) -> None:
+    parent = tmp_path / "m.safetensors"
+    if content is not None:
+        parent.write_bytes(content)
+    found = check(FINETUNE, f"parent={parent}")
+    assert rows(found)["parameters"] == "not known: the network is the parent's, not found here"
+    assert found.cost is None
+    assert found.as_facts()["cost"] is None
+
+
+def test_a_student_of_its_own_whose_teacher_is_not_here(check: Check) -> None:
+    found = check(f"stage: distill\nbackbone: {{depth: 50}}\n{LABELS}")
+    assert ", without the unknown teacher: " in rows(found)["compute"]
+    assert rows(found)["parent"] == "not given; needed to run: parent=DIR"
+
+
+def test_a_width_that_no_network_has(check: Check) -> None:
+    with pytest.raises(RecipeError, match=r"^backbone: width 0\.01 leaves fewer than 2"):
+        check(IMAGENET, "backbone.width=0.01")
+
+
+def test_the_networks_of_a_pipeline() -> None:
+    runs = {run.path: run for run in check_recipe("digits", [])}
+    parameters = {path: found.cost for path, found in runs.items()}
+    assert parameters["knn"] is None
+    for path in ("pretrain", "linear", "finetune/per_class=1,draw=0", "distill/per_class=1,draw=0"):
+        network = runs[path].network
+        assert network is not None
+        with torch.device("meta"):
+            model = build_model(network, seed=0)
+        expected = sum(parameter.numel() for parameter in model.parameters())
+        assert costs(runs[path]).network.total.parameters == expected
+    lines = pipeline_text(list(runs.values())).splitlines()
+    assert lines[0].endswith("44 warm-up; 780 k parameters; 2.46 TFLOP")
+    assert lines[1] == "knn: 1,437 training images, 360 held out"
+
+
+def test_the_facts_are_whole_numbers(check: Check) -> None:
+    facts = json.loads(json.dumps(check(PRETRAIN).as_facts()))
+    assert set(facts["cost"]) == {
+        "backbone_parameters",
+        "backbone_statistics",
+        "head_parameters",
+        "head_statistics",
+        "classifier_parameters",
+        "forward_flops",
+        "update_flops",
+        "total_flops",
+        "activation_bytes",
+        "state_bytes",
+        "memory_bytes",
+    }
+    assert all(type(value) is int for value in facts["cost"].values())
+    assert facts["cost"]["classifier_parameters"] == (128 + 1) * 10
+    assert "\nmemory         activations " in stage_text(check(PRETRAIN))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.6, "1 kB"),
+        (23_508_032, "23.5 MB"),
+        (794_704_160, "795 MB"),
+        (10**33, "1e+09 YB"),
+    ],
+)
+def test_numbers_in_words(value: float, text: str) -> None:
+    assert si(value, "B") == text
+
+
+class _Live(TorchDispatchMode):
+    """Follows the bytes of all tensors that live, beside those that lived before."""
+
+    def __init__(self, before: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in before}
+
+    @override
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor):
+                self._follow(tensor.untyped_storage())
+        return outputs
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self._live += size
+            self.peak = max(self.peak, self._live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+
+@pytest.mark.parametrize("selective_kernel", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_estimate_is_near_the_peak(selective_kernel: bool, frozen: bool) -> None:
+    backbone = ResNetBackbone(depth=50, selective_kernel=selective_kernel)
+    architecture = Architecture(backbone, HeadSection(), None, from_layer=0)
+    with torch.device("meta"):
+        model = build_model(architecture, seed=0).train(mode=not frozen)
+        images = torch.empty(64, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    model.requires_grad_(requires_grad=not frozen)
+    with _Live([images, *model.parameters(), *model.buffers()]) as live:
+        projections = model(images).projections[-1]
+        if not frozen:
+            projections.sum().backward()
+    found = cost(architecture, image_size=224)
+    if frozen:
+        assert 0.75 < live.peak / (64 * 4 * found.largest_activation_bytes) < 1.25
+    else:
+        gradients = 4 * found.total.parameters
+        estimate = gradients + 64 * found.total.activation_bytes
+        assert 0.95 < live.peak / estimate < 1.0
