@@ -16,26 +16,16 @@ from torch import Tensor, nn
 from bigsimclr.errors import CheckpointError, RecipeError, StorageError
 from bigsimclr.interop import PortableModel, Preprocessing
 from bigsimclr.interop.export import Exported, _sample, export_names
-from bigsimclr.models import Architecture, build_model, restore_model
+from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.resnet import SameMaxPool
 from bigsimclr.recipe.sections import HeadSection, ResNetBackbone
-from tests.interop import plain_resnet
+from tests.interop import networks, plain_resnet
 
 # From torchvision 0.29.2 `resnet50().state_dict()` and timm 1.0.31 `create_model("resnet50")`.
 NAMES = Path(__file__).with_name("resnet50_names.txt")
 POOL = "model.maxpool = torch.nn.MaxPool2d(3, 2, ceil_mode=True)"
 
 Library = Literal["torchvision", "timm"]
-
-
-def drawn(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a weight under which every layer matters and no activation explodes."""
-    values = torch.randn(like.shape, generator=generator)
-    if like.ndim > 1:
-        return values * math.sqrt(2 * like.shape[0] / like.numel())
-    if name.endswith(("running_mean", "bias")):
-        return 0.1 * values
-    return 0.5 + 0.5 * torch.rand(like.shape, generator=generator)
 
 
 def portable(
@@ -46,17 +36,8 @@ def portable(
     size: int = 64,
 ) -> PortableModel:
     head = HeadSection(layers=2, output_width=8) if from_layer else None
-    architecture = Architecture(ResNetBackbone(depth=depth), head, classes, from_layer)
-    generator = torch.Generator().manual_seed(depth)
-    with torch.device("meta"):
-        shapes = build_model(architecture, seed=0).state_dict()
-    weights = {name: drawn(name, like, generator) for name, like in shapes.items()}
-    return PortableModel(
-        restore_model(architecture, weights),
-        architecture,
-        tuple(f"class {number}" for number in range(classes or 0)),
-        Preprocessing(image_size=size, resize="tf2", eval_crop_proportion=0.875),
-        "a test",
+    return networks.portable(
+        Architecture(ResNetBackbone(depth=depth), head, classes, from_layer), size=size
     )
 
 
