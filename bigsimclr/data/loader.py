@@ -6,22 +6,17 @@ changes which images come, in what order, or how they are drawn.
 Shapes: B images of this rank in one step; V views; H = W pixels of a view.
 """
 
-import contextlib
-import ctypes
 import hashlib
 import logging
 import math
-import resource
-import signal
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.draws import Draws, centre_draws, draw_views
@@ -29,6 +24,8 @@ from bigsimclr.data import EqualImages, Source
 from bigsimclr.data.chunks import Chunk, ChunkReader, Reading
 from bigsimclr.data.names import counted
 from bigsimclr.data.order import Cut, Order
+from bigsimclr.data.resident import Resident
+from bigsimclr.data.workers import from_workers
 from bigsimclr.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -39,8 +36,6 @@ Integers = NDArray[np.int64]
 # often limit to 64 MiB, and several are on their way at a time.
 _CHUNK_IMAGES = 64
 _CHUNK_BYTES = 8 << 20
-_OPEN_FILES = 65_536
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)
@@ -148,20 +143,23 @@ class Loader:
             high=self._high,
             chunk=_chunk_images(self._reading),
         )
-        if isinstance(self._source, EqualImages):
+        if isinstance(self._source, EqualImages | Resident):
             for number in range(steps):
                 yield _gathered(self._source, self._reading, cut.step(number))
             return
         ahead = self._prefetch_batches
-        for chunks in _steps(self._reading, cut, steps=steps, workers=self._workers, ahead=ahead):
-            for chunk in chunks:
-                self._limit.count(chunk, self.unreadable, self.unreadable, "replaced")
-            batch = _joined(chunks)
-            if batch is None or len(batch) < self._high - self._low:
-                raise DataError(
-                    f"no readable image was found: {self._limit.summary(self.unreadable)}"
-                )
-            yield batch
+        with closing(
+            _steps(self._reading, cut, steps=steps, workers=self._workers, ahead=ahead)
+        ) as read:
+            for chunks in read:
+                for chunk in chunks:
+                    self._limit.count(chunk, self.unreadable, self.unreadable, "replaced")
+                batch = _joined(chunks)
+                if batch is None or len(batch) < self._high - self._low:
+                    raise DataError(
+                        f"no readable image was found: {self._limit.summary(self.unreadable)}"
+                    )
+                yield batch
 
 
 def evaluation_batches(
@@ -203,18 +201,21 @@ def evaluation_batches(
         end=len(indices),
     )
     steps = math.ceil(len(indices) / batch_size)
-    if isinstance(source, EqualImages):
+    if isinstance(source, EqualImages | Resident):
         for number in range(steps):
             yield _gathered(source, reading, cut.step(number))
         return
     limit, found = _Limit(share=unreadable_limit, images=len(indices)), dict[str, str]()
     told = {} if unreadable is None else unreadable
-    for chunks in _steps(reading, cut, steps=steps, workers=workers, ahead=prefetch_batches):
-        for chunk in chunks:
-            limit.count(chunk, found, told, "left out")
-        batch = _joined(chunks)
-        if batch is not None:
-            yield batch
+    with closing(
+        _steps(reading, cut, steps=steps, workers=workers, ahead=prefetch_batches)
+    ) as read:
+        for chunks in read:
+            for chunk in chunks:
+                limit.count(chunk, found, told, "left out")
+            batch = _joined(chunks)
+            if batch is not None:
+                yield batch
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ class _Limit:
         )
 
 
-def _gathered(source: EqualImages, reading: Reading, positions: Integers) -> Batch:
+def _gathered(source: EqualImages | Resident, reading: Reading, positions: Integers) -> Batch:
     # Equal images in memory: one gather for the whole batch; crops are made on the device.
     height, width = source.image_size or (0, 0)
     sizes = np.tile(np.array([height, width], np.int32), (len(positions), 1))
@@ -280,8 +281,12 @@ def _gathered(source: EqualImages, reading: Reading, positions: Integers) -> Bat
             sizes=sizes,
             views=reading.views,
         )
+    if isinstance(source, Resident):
+        pixels = source.gather(indices)
+    else:
+        pixels = torch.from_numpy(source.read_many(indices))
     return Batch(
-        pixels=torch.from_numpy(source.read_many(indices)).permute(0, 3, 1, 2),
+        pixels=pixels.permute(0, 3, 1, 2),
         draws=draws,
         labels=torch.from_numpy(reading.labels[indices]),
         indices=torch.from_numpy(indices),
@@ -295,75 +300,17 @@ def _chunk_images(reading: Reading) -> int:
 
 def _steps(
     reading: Reading, cut: Cut, *, steps: int, workers: int, ahead: int
-) -> Iterator[list[Chunk]]:
+) -> Generator[list[Chunk], None, None]:
     """Yield the chunks of one step after the other, read here or in worker processes."""
     per_step = cut.chunks_per_step
     reader = ChunkReader(reading, cut, steps * per_step)
     chunks = (
-        _from_workers(reader, workers, ahead * per_step)
+        from_workers(reader, len(reader), workers=workers, ahead=ahead * per_step)
         if workers
         else map(reader.__getitem__, range(len(reader)))
     )
     for _ in range(steps):
         yield [next(chunks) for _ in range(per_step)]
-
-
-def _allow_open_files() -> None:
-    # Every chunk that waits in shared memory is an open file; the usual 1,024 end a big batch.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard or hard == resource.RLIM_INFINITY:
-        most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-
-
-def _from_workers(reader: ChunkReader, workers: int, ahead: int) -> Iterator[Chunk]:
-    _allow_open_files()
-    with warnings.catch_warnings():
-        # The recipe says how many workers; more than cores is right where the disk is slow.
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        chunks = iter(_worker_loader(reader, workers, ahead))
-    for _ in range(len(reader)):
-        try:
-            yield next(chunks)
-        except RuntimeError as error:
-            # Errors raised by code in a worker read "Caught ... in DataLoader worker".
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise DataError(
-                f"a process that reads images died: {str(error).strip()}"
-                " Usual causes: too little memory or shared memory; lower input.workers or"
-                " input.prefetch_batches"
-            ) from error
-
-
-def _worker_loader(reader: ChunkReader, workers: int, ahead: int) -> DataLoader[Chunk]:
-    return DataLoader(
-        reader,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        prefetch_factor=max(2, math.ceil(ahead / workers)),
-        worker_init_fn=_start_worker,
-        # A fork shares the source's memory with all workers and starts in milliseconds.
-        multiprocessing_context="fork",
-        # Without its own generator the DataLoader would advance the global one.
-        generator=torch.Generator(),
-    )
-
-
-def _as_it_is(chunk: object) -> object:
-    return chunk
-
-
-def _start_worker(number: int) -> None:  # noqa: ARG001 - the DataLoader's signature
-    torch.set_num_threads(1)
-    # When the training process is killed, its workers would wait for ever to hand over their work.
-    with contextlib.suppress(OSError, AttributeError):  # no such call but on Linux
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    # A stop request goes to the whole process group; the training process needs its batches until
-    # it has saved, and ends the workers itself.
-    for request in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(request, signal.SIG_IGN)
 
 
 def _joined(chunks: Sequence[Chunk]) -> Batch | None:

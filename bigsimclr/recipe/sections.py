@@ -157,6 +157,8 @@ class InputSection(Section):
     """Share of unreadable images that are replaced before the run stops (rounded up)."""
     max_pixels: PositiveInt = 64_000_000
     """Images that declare more pixels than this are refused before they are decoded."""
+    resident: bool = False
+    """Decode all images once and keep them on the training device; they must be of one size."""
 
 
 # --- augmentation ----------------------------------------------------------------------------

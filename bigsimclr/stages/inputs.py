@@ -1,7 +1,7 @@
 """The images and labels of one stage."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from bigsimclr.augment import ViewSettings, view_settings
 from bigsimclr.augment.device import make_views
 from bigsimclr.data import Source, Splits, build_data
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches
+from bigsimclr.data.resident import make_resident
 from bigsimclr.data.subsets import read_list, select_labels, subset_hash
 from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import DataError
@@ -118,7 +119,7 @@ def open_inputs(
     Raises:
         DataError: the images or labels are missing or do not fit.
     """
-    splits = build_data(recipe.data)
+    splits = _opened(recipe, device)
     train = splits.train
     everything = np.arange(len(train), dtype=np.int64)
     if labels is None:
@@ -141,6 +142,20 @@ def open_inputs(
         stop=stop,
         left_out={},
     )
+
+
+def _opened(recipe: AnyStage, device: torch.device) -> Splits:
+    splits, reading = build_data(recipe.data), recipe.input
+    if not reading.resident:
+        return splits
+
+    def resident(source: Source) -> Source:
+        return make_resident(
+            source, device=device, workers=reading.workers, max_pixels=reading.max_pixels
+        )
+
+    held_out = None if splits.held_out is None else resident(splits.held_out)
+    return replace(splits, train=resident(splits.train), held_out=held_out)
 
 
 def _choose(splits: Splits, labels: LabelsSection) -> NDArray[np.int64]:
