@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Final, Literal
 
 import numpy as np
@@ -63,6 +63,8 @@ def import_checkpoint(
 
     Source: google-research/simclr data.py get_preprocess_fn, data_util.py CROP_PROPORTION.
     """
+    if image_size is not None and image_size < 1:
+        raise RecipeError(f"image_size {image_size}: an image has at least one pixel")
     prefix = find_checkpoint(path)
     variables = open_variables(prefix)
     architecture = infer_architecture(variables, from_layer)
@@ -177,11 +179,12 @@ def _listed(file: Path) -> Path:
     named = re.search(r'^\s*model_checkpoint_path\s*:\s*"([^"\n]+)"', text, re.MULTILINE)
     if named is None:
         raise CheckpointError(f"{file} names no model_checkpoint_path; name a checkpoint's prefix")
-    for prefix in (file.parent / Path(named[1]).name, file.parent / named[1]):
+    name = PureWindowsPath(named[1]).name  # splits at slashes, too
+    for prefix in (file.parent / name, file.parent / named[1]):
         if _has_index(prefix):
             return prefix
     raise CheckpointError(
-        f"{file} names {Path(named[1]).name!r}, which is not beside it; copy its files there, or "
+        f"{file} names {name!r}, which is not beside it; copy its files there, or "
         "name another checkpoint's prefix"
     )
 

@@ -29,7 +29,8 @@ class ObjectGraph:
 
     def __init__(self, path: Path, text: bytes) -> None:
         self._path = path
-        self._objects = [value for _, value in _fields(path, text) if isinstance(value, bytes)]
+        nodes = (value for number, value in _fields(path, text) if number == 1)
+        self._objects = [value for value in nodes if isinstance(value, bytes)]
         self._children: dict[int, dict[str, int]] = {}
         if not self._objects:
             raise damaged(path, "its object graph is empty")
@@ -84,7 +85,7 @@ class ObjectGraph:
     def _messages(self, number: int) -> Iterator[tuple[int, dict[int, int | bytes]]]:
         """Yield the parts of an object: 1 for a child, 2 for an attribute, and its fields."""
         for field, value in _fields(self._path, self._objects[number]):
-            if isinstance(value, bytes):
+            if field in (1, 2) and isinstance(value, bytes):
                 yield field, dict(_fields(self._path, value))
 
 

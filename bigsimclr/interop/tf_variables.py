@@ -55,8 +55,11 @@ class OfficialVariables:
 
     def has_momentum(self, name: str) -> bool:
         """Say whether a TF2 optimizer had moved a variable: it keeps something for those it did."""
-        start = f"{name}{_SLOT}"
-        return any(key.startswith(start) for key in self.bundle.variables)
+        key = self.key(name)  # not the name: it may be called after its place in a list
+        if key is None:
+            return False
+        start = f"{key.removesuffix(_VALUE)}{_SLOT}"
+        return any(other.startswith(start) for other in self.bundle.variables)
 
 
 def open_variables(prefix: Path) -> OfficialVariables:

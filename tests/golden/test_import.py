@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import bigsimclr as bsc
 from bigsimclr.interop.model_file import read_model_file
@@ -15,6 +14,7 @@ from bigsimclr.interop.tf_checkpoint import find_checkpoint, import_checkpoint
 from bigsimclr.interop.tf_names import from_official, official_names
 from tests.golden.checkpoints import checkpoints
 from tests.golden.forward import CASES, FLOAT64_TOLERANCE, Case, read_case, relative_error, run
+from tests.interop.official import same_bits
 
 pytestmark = pytest.mark.golden
 
@@ -58,16 +58,6 @@ def imported(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             converted.notes
         )
     return files
-
-
-def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(
-        tensor.dtype == theirs[name].dtype == torch.float32
-        and torch.equal(
-            tensor.contiguous().view(torch.int32), theirs[name].contiguous().view(torch.int32)
-        )
-        for name, tensor in ours.items()
-    )
 
 
 def test_cases_were_found(case: Case, imported: dict[str, Path]) -> None:

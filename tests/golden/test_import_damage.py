@@ -11,7 +11,7 @@ from bigsimclr.errors import CheckpointError
 from bigsimclr.interop.tf_checkpoint import find_checkpoint, import_checkpoint
 from tests.golden.checkpoints import checkpoints
 from tests.golden.forward import CASES
-from tests.golden.test_import import same_bits
+from tests.interop.official import same_bits
 
 # Each mutation is an import: half a minute in all.
 pytestmark = [pytest.mark.golden, pytest.mark.slow]
