@@ -16,6 +16,12 @@ class Preprocessing:
     resize: Literal["tf2", "tf1"]  # bicubic kernel, as in the official TF2 or TF1 code
     eval_crop_proportion: float  # side of the centre crop as a share of the shorter side
 
+    def in_words(self) -> str:
+        """Say what is done to an image, for whoever has to do it without this package."""
+        share = self.eval_crop_proportion
+        crop = f"{share:g} of the shorter side" if share < 1 else "the whole shorter side"
+        return f"centre square of {crop}, then {self.resize} bicubic to {self.image_size} pixels"
+
 
 @dataclass(frozen=True)
 class PortableModel:

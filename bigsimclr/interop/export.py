@@ -69,10 +69,10 @@ def export_names(portable: PortableModel, path: Path, *, to: Library) -> Exporte
             f"{to} has no such network: {'; '.join(obstacles)}; use --to safetensors or --to onnx"
         )
     notes = (
-        _input_note(portable.preprocessing, to),
+        *_input_notes(portable.preprocessing, to),
         *_omissions(portable, to),
         *_differences(portable, to),
-        "load it, every name matched, with",
+        "to load it, every name matched:",
         *(f"{_CODE}{line}" for line in _loading(portable, path, to)),
     )
     write_tensors(path, _renamed(portable), _metadata(portable))
@@ -100,16 +100,17 @@ def _obstacles(backbone: ResNetBackbone, to: Library) -> list[str]:
     return obstacles
 
 
-def _input_note(prepared: Preprocessing, to: Library) -> str:
+def _input_notes(prepared: Preprocessing, to: Library) -> list[str]:
     habit = {
         "torchvision": "leave out transforms.Normalize",
-        "timm": "timm's own convention subtracts one, the lines below replace it",
+        "timm": "timm's own convention subtracts them, `convention` below replaces it",
     }
-    return (
-        f"input: [N,3,{prepared.image_size},{prepared.image_size}] float32 in [0,1], no mean or "
-        f"deviation ({habit[to]}); centre crop of {prepared.eval_crop_proportion:g}, then "
-        f"{prepared.resize} bicubic without the antialiasing of {to}'s transforms"
-    )
+    size = prepared.image_size
+    return [
+        f"input: float32 [N,3,{size},{size}] in [0,1], RGB, no mean or deviation subtracted: "
+        f"{habit[to]}",
+        f"before it: {prepared.in_words()}, without the antialiasing of {to}'s transforms",
+    ]
 
 
 def _omissions(portable: PortableModel, to: Library) -> list[str]:
@@ -132,20 +133,23 @@ def _differences(portable: PortableModel, to: Library) -> list[str]:
     if not DEPTHS[backbone.depth].bottleneck:
         differences.append(
             f"shortcut: the official ResNet-{backbone.depth} has a convolution in that of layer1.0,"
-            f" {to}'s has none; a line below adds it"
+            f" {to}'s has none; the line below that sets `downsample` adds it"
         )
-    pads = f"the official network pads even maps by 0 before and 1 after, {to}'s by 1 and 1"
     maps = _stem_maps(size)
-    change = f"on a sample, {to}'s pool {_measured(portable)}"
+    differences += [
+        f"stem max-pool: the official network pads even maps by 0 before and 1 after, {to}'s by 1 "
+        "and 1; both pad odd maps by 1 and 1",
+        f"measured on {_SAMPLES} sample images of {size} pixels: {to}'s pool {_measured(portable)}",
+    ]
     if maps % 2 == 0:
         differences.append(
-            f"stem max-pool: {pads}; {change}; at {size} pixels (maps of {maps}) outputs are equal "
-            "after the line below that replaces it, which is right for even maps only"
+            "outputs are equal once the line below that sets `maxpool` has replaced it; it is right"
+            f" for even maps, as {maps} at {size} pixels"
         )
     else:
         differences.append(
-            f"stem max-pool: {pads}, odd ones alike; {change}; at {size} pixels (maps of {maps}) "
-            f"no replacement is needed; at sizes with even maps it is `{_POOL}`"
+            f"no replacement is needed for odd maps, as {maps} at {size} pixels; for even ones it "
+            f"is {_POOL}"
         )
     return differences
 
@@ -166,11 +170,11 @@ def _measured(portable: PortableModel) -> str:
     if not math.isfinite(largest + moved):
         raise CheckpointError("the network's features are not finite: its weights are damaged")
     share = moved / largest if largest else 0.0
-    text = f"changes features by up to {share:.1e} of the largest"
+    text = f"changes features by up to {share:.1e} of the largest value"
     if _fc_classes(portable.architecture) is None or ours.logits is None or theirs.logits is None:
         return text
     others = int((ours.logits.argmax(dim=1) != theirs.logits.argmax(dim=1)).sum())
-    return f"{text} and the top-1 class of {others} of {_SAMPLES} images"
+    return f"{text}, and the top-1 class of {others} of them"
 
 
 def _sample(

@@ -257,13 +257,9 @@ def _input(portable: PortableModel, *, as_bytes: bool) -> str:
     """Say in one line what the graph takes."""
     prepared = portable.preprocessing
     size = prepared.image_size
-    before = (
-        f"centre crop of {prepared.eval_crop_proportion:g}, then {prepared.resize} bicubic to "
-        f"{size} pixels"
-    )
     if as_bytes:
-        return f"uint8 [batch,{size},{size},3], RGB in 0..255; before it: {before}"
+        return f"uint8 [batch,{size},{size},3], RGB in 0..255; before it: {prepared.in_words()}"
     return (
         f"float32 [batch,3,{size},{size}] in [0,1], RGB, no mean or deviation subtracted; "
-        f"before it: {before}"
+        f"before it: {prepared.in_words()}"
     )

@@ -37,8 +37,9 @@ def import_tf(
         checkpoint: the checkpoint's prefix, its folder, its `checkpoint` file, or a SavedModel.
         out: the `.safetensors` file to write; must not exist yet. `load_model` reads it, and it
             can be the parent of a run.
-        from_layer: head layer that the classifier reads, which no checkpoint records; None: 1 with
-            a head of 3 layers or more (SimCLRv2 fine-tuned on few labels), else 0.
+        from_layer: head layer that the classifier reads; None: as the `.meta` file or SavedModel
+            has it, and without these 1 with a head of 3 layers or more (SimCLRv2 fine-tuned on few
+            labels), else 0.
         classes: text file with the names of the classifier's outputs, one a line; None: numbers.
         image_size: side of the images in pixels; None: 224, or 32 with a CIFAR stem.
         resize: bicubic kernel the network's images were made with; None: as the naming says.
@@ -68,9 +69,12 @@ def import_tf(
     ]
     architecture = imported.portable.architecture
     if architecture.classes is not None and architecture.head is not None and from_layer is None:
+        layer = _layer(architecture.from_layer)
         notes.append(
-            f"the classifier is taken to read {_layer(architecture.from_layer)}, which no "
-            "checkpoint records; --from-layer chooses another"
+            f"the classifier reads {layer}, as the graph beside the variables says"
+            if imported.layer_is_recorded
+            else f"the classifier is taken to read {layer}, which this checkpoint does not record; "
+            "--from-layer chooses another"
         )
     if verify:
         compared = compare_with_checkpoint(imported.prefix, read_model_file(path))
@@ -102,6 +106,7 @@ def export(
         MissingExtraError: onnx, and its packages are not installed.
     """
     path, portable = Path(out), load_network(Path(network)).portable
+    held = portable.architecture
     if preprocess and to != "onnx":
         raise RecipeError(f"--preprocess changes an ONNX graph; --to {to} writes weights alone")
     match to:
@@ -112,13 +117,15 @@ def export(
             from bigsimclr.interop.export import export_names
 
             notes = export_names(portable, path, to=to).notes
+            classes = held.classes if held.from_layer == 0 else None
+            held = Architecture(held.backbone, None, classes, from_layer=0)
         case "onnx":
             from bigsimclr.interop.onnx_file import export_onnx
 
             notes = export_onnx(portable, path, with_preprocessing=preprocess).notes
         case _:
             assert_never(to)
-    return Converted(path, _what(portable.architecture), notes)
+    return Converted(path, _what(held), notes)
 
 
 def _what(architecture: Architecture) -> str:
@@ -145,7 +152,6 @@ def _layer(number: int) -> str:
 def _notes(portable: PortableModel) -> tuple[str, ...]:
     size = portable.preprocessing.image_size
     return (
-        f"input: [N,3,{size},{size}] float32 in [0,1], no mean or deviation subtracted; "
-        f"{portable.preprocessing.resize} bicubic, centre crop of "
-        f"{portable.preprocessing.eval_crop_proportion:g}",
+        f"input: float32 [N,3,{size},{size}] in [0,1], RGB, no mean or deviation subtracted; "
+        f"before it: {portable.preprocessing.in_words()}",
     )

@@ -190,6 +190,8 @@ def _find(path: Path) -> Checkpoint:
     if (path / "result.json").exists():
         # An older checkpoint would be another network than the one that was measured.
         return read_checkpoint(final_checkpoint(path))
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; name a run directory or a model file")
     checkpoint = newest_checkpoint(path / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{path} holds no checkpoint, and is no model file")

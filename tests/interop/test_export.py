@@ -85,9 +85,9 @@ def note(exported: Exported, start: str) -> str:
 
 
 def reported(exported: Exported) -> tuple[float, int | None]:
-    text = note(exported, "stem max-pool")
-    (share,) = re.findall(r"changes features by up to (\S+) of the largest", text)
-    others = re.findall(r"the top-1 class of (\d) of 2 images", text)
+    text = note(exported, "measured on 2 sample images")
+    (share,) = re.findall(r"changes features by up to (\S+) of the largest value", text)
+    others = re.findall(r"the top-1 class of (\d) of them", text)
     return float(share), int(others[0]) if others else None
 
 
@@ -143,7 +143,8 @@ def test_what_goes_in_is_written_down(
     }
     assert json.loads(metadata["classes"]) == list(resnet50.classes)
     assert metadata["origin"] == "a test"
-    assert "[N,3,64,64] float32 in [0,1], no mean" in note(exported, "input: ")
+    assert "float32 [N,3,64,64] in [0,1], RGB, no mean" in note(exported, "input: ")
+    assert "centre square of 0.875 of the shorter side" in note(exported, "before it: ")
     assert loaded(exported, monkeypatch).pretrained_cfg == {
         "input_size": (3, 64, 64),
         "crop_pct": 0.875,
@@ -160,7 +161,7 @@ def test_odd_maps_need_no_replacement(
     network = portable(18, size=size)
     exported = export_names(network, tmp_path / "r18.safetensors", to="torchvision")
     assert POOL not in code(exported)
-    assert "no replacement is needed" in note(exported, "stem max-pool")
+    assert note(exported, "no replacement is needed for odd maps").endswith(POOL)
     assert reported(exported) == (0, None)
     assert difference(loaded(exported, monkeypatch), network)[0] < 1e-5
 

@@ -149,7 +149,7 @@ def test_the_graph_says_what_goes_in_and_what_comes_out(small: Case, cut: Case) 
     assert set(metadata) == {"input", "preprocessing", "classes", "architecture", "origin"}
     assert metadata["input"] == (
         "float32 [batch,3,32,32] in [0,1], RGB, no mean or deviation subtracted; before it: "
-        "centre crop of 0.875, then tf2 bicubic to 32 pixels"
+        "centre square of 0.875 of the shorter side, then tf2 bicubic to 32 pixels"
     )
     assert json.loads(metadata["preprocessing"]) == asdict(small.portable.preprocessing)
     assert json.loads(metadata["classes"]) == [f"class {number}" for number in range(5)]

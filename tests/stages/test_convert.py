@@ -84,3 +84,5 @@ def test_refusals(runs: Path, tmp_path: Path) -> None:
         export(runs / "pretrain", runs / "pretrain.safetensors", to="safetensors")
     with pytest.raises(CheckpointError, match="holds no checkpoint, and is no model file"):
         load_model(tmp_path)
+    with pytest.raises(CheckpointError, match=r"none does not exist; name a run directory or a mo"):
+        load_model(tmp_path / "none")
