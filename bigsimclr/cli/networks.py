@@ -61,8 +61,8 @@ def import_tf(
         typer.Option(
             metavar="K",
             min=0,
-            help="What the classifier reads, which no checkpoint says: 0 the features, K the "
-            "head's layer K; default: 1 with a head of 3 layers or more, else 0.",
+            help="What the classifier reads: 0 the features, K the head's layer K; default: as "
+            "the .meta file or SavedModel says; else 1 with a head of 3 layers or more, or 0.",
         ),
     ] = None,
     classes: Annotated[

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bigsimclr.errors import CheckpointError, RecipeError
 from bigsimclr.interop import PortableModel, Preprocessing
+from bigsimclr.interop.tf_graph import layer_in_graph
 from bigsimclr.interop.tf_inference import infer_architecture
 from bigsimclr.interop.tf_names import Naming, from_official
 from bigsimclr.interop.tf_variables import OfficialVariables, match_variables, open_variables
@@ -33,6 +34,7 @@ class Imported:
     naming: Naming
     variables: int  # read
     skipped: int  # left: momenta, counters, moving averages
+    layer_is_recorded: bool  # what the classifier reads is in the graph beside the variables
 
 
 def import_checkpoint(
@@ -51,8 +53,8 @@ def import_checkpoint(
 
     Args:
         path: what `find_checkpoint` understands.
-        from_layer: what the classifier reads, 0 the features, k the head's layer k, which the
-            checkpoint does not record; None: see `infer_architecture`.
+        from_layer: what the classifier reads, 0 the features, k the head's layer k; None: what the
+            graph beside the variables says, or without one, see `infer_architecture`.
         classes: names of the classifier's outputs; None: their numbers.
         image_size: side of the network's images in pixels; None: 32 with a cifar stem, else 224.
         resize: bicubic kernel of its images; None: that of the code that wrote the checkpoint.
@@ -67,7 +69,8 @@ def import_checkpoint(
         raise RecipeError(f"image_size {image_size}: an image has at least one pixel")
     prefix = find_checkpoint(path)
     variables = open_variables(prefix)
-    architecture = infer_architecture(variables, from_layer)
+    recorded = layer_in_graph(prefix)
+    architecture = infer_architecture(variables, from_layer, recorded)
     keys = match_variables(variables, architecture)
     names = _class_names(prefix, architecture.classes or 0, classes)
     weights = {ours: _read_finite(variables, key) for ours, key in keys.items()}
@@ -84,7 +87,14 @@ def import_checkpoint(
         origin=f"{_short_name(prefix)} ({variables.naming.upper()})",
     )
     skipped = len(variables.bundle.variables) - len(keys)
-    return Imported(portable, prefix, variables.naming, len(keys), skipped)
+    return Imported(
+        portable,
+        prefix,
+        variables.naming,
+        variables=len(keys),
+        skipped=skipped,
+        layer_is_recorded=architecture.from_layer == recorded,
+    )
 
 
 def compare_with_checkpoint(prefix: Path, portable: PortableModel) -> int:

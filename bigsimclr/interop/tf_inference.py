@@ -27,21 +27,25 @@ _MOST_LAYERS: Final = 16  # of a head that is recognised
 _MOST_PARTS: Final = 4096  # widths are fractions; the largest denominator
 
 
-def infer_architecture(variables: OfficialVariables, from_layer: int | None) -> Architecture:
+def infer_architecture(
+    variables: OfficialVariables, from_layer: int | None, recorded: int | None
+) -> Architecture:
     """Return the architecture that the variables resemble most, whether or not they all fit it.
 
-    Two networks have the same variables, basic blocks behind the cifar stem with and without the
-    pooled shortcut that comes with selective kernels: they count as without.
+    In TF1's naming two networks have the same variables, basic blocks behind the cifar stem with
+    and without the pooled shortcut that comes with selective kernels: they count as without.
 
-    What the classifier reads is not recorded. Where a TF2 optimizer moved the classifier and only
-    the first layers of the head, it is the last of these: gradients reach all that the classifier
-    reads through. Else it is the first layer of a head of three layers or more, as in SimCLRv2
-    fine-tuned on few labels, and the features with a smaller head or none.
+    What the classifier reads is not among the variables, and may not be recorded at all. Then,
+    where a TF2 optimizer moved the classifier and only the first layers of the head, it is the last
+    of these: gradients reach all that the classifier reads through. Else it is the first layer of a
+    head of three layers or more, as in SimCLRv2 fine-tuned on few labels, and the features with a
+    smaller head or none.
 
     Args:
         variables: what the checkpoint holds.
         from_layer: what the classifier reads: 0 features, k output of the head's layer k; None: as
-            described above.
+            recorded, or described above.
+        recorded: what the graph beside the checkpoint says that it reads; None: nothing.
 
     Raises:
         CheckpointError: there is nothing of a ResNet, or something of impossible size.
@@ -63,8 +67,9 @@ def infer_architecture(variables: OfficialVariables, from_layer: int | None) -> 
     kernel = variables.shape(names["classifier.weight"])
     fitting = [k for k, width in enumerate(widths) if kernel is None or kernel[:1] == (width,)]
     if from_layer is None:
-        usual = _layer_by_momentum(variables, names, len(widths) - 1)
-        from_layer = usual if usual in fitting else min(fitting, default=usual)
+        likely = _layer_by_momentum(variables, names, len(widths) - 1)
+        likely = likely if recorded is None else recorded
+        from_layer = likely if likely in fitting else min(fitting, default=0)
     elif not 0 <= from_layer < len(widths):
         raise RecipeError(
             f"from_layer {from_layer}: the head in {prefix} has {len(widths) - 1} layers"

@@ -57,6 +57,8 @@ def imported(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         assert f"verified: {names} tensors read again, each bit as in the checkpoint" in (
             converted.notes
         )
+        recorded = "the classifier reads head layer 1, as the graph beside the variables says"
+        assert (recorded in converted.notes) == (form == "saved_model")
     return files
 
 
