@@ -11,10 +11,11 @@ GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
 # Only its loss is used, which needs none of what lightly brings along.
 LIGHTLY := 'lightly>=1.5.20'
 DEMO := runs/digits
+CIFAR10 ?= data/cifar10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check lint test fix storm bench docs gpu-check clean
+.PHONY: help setup demo check lint test fix storm bench docs gpu-check gpu-cifar clean
 
 help: ## Print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +70,9 @@ gpu-check: ## Tests that need a GPU, then the benchmarks; uses PYTHON where ther
 	@if $(GPU_PYTHON) -c 'from importlib.util import find_spec; exit(find_spec("lightly") is None)'; then \
 	  $(GPU_PYTHON) -m benchmarks.loss --output benchmarks/results/loss-gpu-machine.json; \
 	else echo "benchmarks.loss compares with lightly, which is not installed here: left out"; fi
+
+gpu-cifar: ## CIFAR-10 in nine minutes of one GPU: the label-efficiency table; CIFAR10=DIR has the parquet files
+	@$(GPU_PYTHON) -m benchmarks.cifar10 --data $(CIFAR10) --minutes 9 --output benchmarks/results/cifar10.json
 
 clean: ## Remove .venv, caches and build results; runs/ stays
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
