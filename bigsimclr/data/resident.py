@@ -140,8 +140,8 @@ def _failed(reason: str) -> _Piece:
 
 def _unequal(source: Source, index: int, found: Sequence[int], first: Sequence[int]) -> str:
     return (
-        f"{_KEY}: {printable(source.name(index))} is {found[0]}x{found[1]} where the first image is "
-        f"{first[0]}x{first[1]}; only images of one size can be kept on the device: {_KEY}=false"
+        f"{_KEY}: {printable(source.name(index))} is {found[0]}x{found[1]} where the first image "
+        f"is {first[0]}x{first[1]}; only images of one size can be kept on the device: {_KEY}=false"
     )
 
 
