@@ -34,8 +34,8 @@ KINDS = [
     architecture(50, stem="cifar", selective_kernel=True, width=3 / 32, layers=4),
     architecture(101, selective_kernel=True, stem="imagenet", layers=0, classes=None),
     architecture(101, stem="imagenet", width=2 / 32, classes=1000),
-    architecture(152, width=1 / 32),
-    architecture(200, width=1 / 32, selective_kernel=True, stem="imagenet", layers=2),
+    architecture(152),
+    architecture(200, selective_kernel=True, stem="imagenet", layers=2),
 ]
 
 

@@ -146,7 +146,7 @@ def bundle_files(
     variables: Mapping[str, NDArray[np.generic] | bytes], shards: int = 1
 ) -> tuple[Rows, list[bytes]]:
     """Return the rows of an index, and the content of the shards, which take turns."""
-    rows, data = [(b"", header(shards))], [b""] * shards
+    rows, data = [(b"", header(shards))], [bytearray() for _ in range(shards)]
     for position, (name, value) in enumerate(sorted(variables.items())):
         shard = position % shards
         if isinstance(value, bytes):
@@ -158,7 +158,7 @@ def bundle_files(
         place = {"shard": shard, "offset": len(data[shard]), "size": len(stored)}
         rows.append((name.encode(), entry(dtype, shape, **place, crc=crc)))
         data[shard] += stored
-    return rows, data
+    return rows, [bytes(content) for content in data]
 
 
 def write_bundle(
