@@ -105,12 +105,23 @@ def test_the_paper_without_its_images(check: Check) -> None:
 def test_steps_stay_unknown_without_images_or_their_number(check: Check) -> None:
     found = check(IMAGENET)
     assert rows(found)["data"].startswith("steps are not known: data.root: nowhere does not exist")
+    assert rows(found)["data"].endswith("DIR, or --examples N to plan for N images")
     assert "steps" not in rows(found)
+    # What does not depend on their number is said all the same.
+    topics = ("batch", "negatives", "chance loss", "learning rate", "parameters", "memory")
+    known = rows(check(IMAGENET, examples=IMAGES))
+    assert [rows(found)[topic] for topic in topics] == [known[topic] for topic in topics]
+    assert rows(found)["learning rate"] == "6.4 (lars, 0.1, scaling sqrt), then cosine to 0"
+    assert rows(found)["negatives"] == "8,190 for every view"
+    assert rows(found)["compute"] == (
+        "8.19 GFLOP forward per view, x 3 with the backward pass: 201 TFLOP per update"
+    )
     assert rows(found)["batch"].startswith("4,096 = 1 rank x 4,096; ")
     assert costs(found).total_flops is None
     assert costs(found).update_flops == costs(check(IMAGENET, examples=IMAGES)).update_flops
     fixed = check(IMAGENET.replace("epochs: 800, warmup_epochs: 40", "steps: 7"))
     assert costs(fixed).total_flops == 7 * costs(fixed).update_flops
+    assert rows(fixed)["data"].startswith("not counted: data.root: nowhere does not exist")
 
 
 def test_images_that_are_here_are_counted(check: Check) -> None:

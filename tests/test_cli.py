@@ -1,6 +1,7 @@
 """The command line as a user meets it: output, exit codes, no tracebacks, no torch."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bigsimclr.cli import app
+from bigsimclr.recipe import list_recipes
 from tests.recipe.bad_recipes import BAD_RECIPES, BadRecipe
 from tests.recipe.samples import FINETUNE, PIPELINE, PRETRAIN
 
@@ -123,7 +125,58 @@ def test_check_of_a_pipeline_with_a_step_that_lacks_its_parent(tmp_path: Path) -
 def test_check_without_the_data(tmp_path: Path) -> None:
     result = _invoke("check", _recipe(tmp_path, FINETUNE), f"data.root={tmp_path / 'none'}")
     assert result.exit_code == 0
-    assert "steps are not known" in result.stdout
+    assert re.search(r"(?m)^data +not counted: data\.root: .* does not exist", result.stdout)
+
+
+def test_check_plans_for_a_given_number_of_images() -> None:
+    words = ["check", "imagenet/1_pretrain", "backbone.selective_kernel=true"]
+    lines = _invoke(*words, "--examples", "1281167", "--world-size", "32").stdout.splitlines()
+    rows = dict(line.split("  ", 1) for line in lines if re.match(r"[a-z ]+  ", line))
+    assert rows["data"].strip().startswith("1,281,167 training images, as given; data.root: ")
+    assert rows["steps"].strip().startswith("250,228 updates of 4,096 images (800.0 epochs), ")
+    assert rows["batch"].strip().startswith("4,096 = 32 ranks x 128; micro-batch 128, update dir")
+    assert rows["learning rate"].strip() == "6.4 (lars, 0.1, scaling sqrt), then cosine to 0"
+    assert "35.3 M with batch norm's statistics" in rows["parameters"]
+    assert " GFLOP forward per view, x 3 " in rows["compute"]
+    assert rows["memory"].strip().startswith("activations ")
+
+    (facts,) = json.loads(_invoke(*words, "--examples", "4096", "--json").stdout)
+    assert facts["plan"]["steps"].startswith("801 updates")
+    assert facts["cost"]["total_flops"] == 801 * facts["cost"]["update_flops"]
+    refused = _invoke(*words, "--examples", "0")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    few = _invoke(*words, "--examples", "4095")
+    assert few.exit_code == 2
+    assert "4095 images cannot fill a batch of 4096" in few.stderr
+
+
+def test_check_of_a_pipeline_plans_every_step_for_a_given_number() -> None:
+    lines = _invoke("check", "imagenet", "--examples", "1281167").stdout.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [
+        "pretrain",
+        "finetune",
+        "distill_self",
+        "distill_small",
+    ]
+    # The official list of labelled images is not here either.
+    assert "steps are not known: labels.list: data/imagenet/1percent.txt does not" in lines[1]
+    steps = re.compile(r"; ([\d,]+) updates of 4,096 images \((\d+)\.0 epochs\), ")
+    found = [steps.search(line) for line in (lines[0], *lines[2:])]
+    assert [match and match.groups() for match in found] == [
+        ("250,228", "800"),
+        ("125,114", "400"),
+        ("125,114", "400"),
+    ]
+
+
+def test_check_of_every_recipe_that_ships_without_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in list_recipes():
+        result = _invoke("check", name)
+        assert (result.exit_code, result.stderr) == (0, ""), name
+        assert re.search(r"training images|--examples N to plan for N images", result.stdout), name
 
 
 def test_check_of_a_pipeline_counts_labelled_images(tmp_path: Path) -> None:

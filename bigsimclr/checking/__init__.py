@@ -152,20 +152,23 @@ def _steps(recipe: AnyTraining, examples: int | None, world_size: int) -> int | 
 
 def _count(recipe: AnyStage, given: int | None) -> tuple[int | None, str]:
     """Count the images that a stage trains on, or take what is given where they are not here."""
+    by_epochs = not isinstance(recipe, KnnRecipe) and recipe.schedule.steps is None
+    unknown = "steps are not known" if by_epochs else "not counted"
+    missing = None
     try:
         counted, held_out = count_examples(recipe.data)
-        examples = _walked(recipe, counted)
     except DataError as error:
         missing = str(error)
-    else:
-        return examples, f"{examples:,} training images, {held_out:,} held out"
-    if given is None:
-        return None, f"steps are not known: {missing}"
+        if given is None:
+            return None, f"{unknown}: {missing}, or --examples N to plan for N images"
+        counted, held_out = given, 0
     try:
-        examples = _walked(recipe, given)
+        examples = _walked(recipe, counted)
     except DataError as error:
-        return None, f"steps are not known: {error}"
-    share = "" if examples == given else f" of {given:,}"
+        return None, f"{unknown}: {error}"
+    if missing is None:
+        return examples, f"{examples:,} training images, {held_out:,} held out"
+    share = "" if examples == counted else f" of {counted:,}"
     return examples, f"{examples:,} training images{share}, as given; {missing}"
 
 

@@ -58,6 +58,12 @@ def check(
     world_size: Annotated[
         int, typer.Option(metavar="N", min=1, help="Number of ranks to plan for.")
     ] = 1,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Training images to plan for where the data are not here."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print all defaults and what the recipe means here.
@@ -66,7 +72,7 @@ def check(
     """
     from bigsimclr.checking import check_recipe, pipeline_text, stage_text
 
-    runs = check_recipe(recipe, overrides or [], world_size=world_size)
+    runs = check_recipe(recipe, overrides or [], world_size=world_size, examples=examples)
     if as_json:
         print(json.dumps([run.as_facts() for run in runs], indent=2))
     elif runs[0].path:

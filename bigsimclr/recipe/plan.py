@@ -196,8 +196,7 @@ def make_plan(recipe: AnyTraining, *, examples: int, world_size: int = 1) -> Pla
             f"without repeating an image as its own negative; try batch.global_batch="
             f"{_power_of_two_below(examples)}"
         )
-    memory = None if contrastive is None else contrastive.loss.queue
-    queue = 0 if memory is None else memory.length
+    queue = 0 if contrastive is None else _queue_length(contrastive)
     if queue and queue > examples - batch.global_batch:
         raise RecipeError(
             f"loss.queue.length: {queue:,} past projections of {examples:,} images would hold "
@@ -224,7 +223,7 @@ def make_plan(recipe: AnyTraining, *, examples: int, world_size: int = 1) -> Pla
         peak_learning_rate=scaled_rate(
             recipe.optimizer.learning_rate, recipe.optimizer.rate_scaling, batch.global_batch
         ),
-        negatives=2 * batch.global_batch - 2 + queue if contrastive is not None else None,
+        negatives=_negatives(batch.global_batch, queue) if contrastive is not None else None,
         chance_loss=chance_loss(batch.global_batch, queue) if contrastive is not None else None,
     )
 
@@ -257,29 +256,33 @@ def describe(
     """
     if isinstance(recipe, KnnRecipe):
         return [("knn", f"{recipe.neighbours} neighbours, head layer {recipe.from_layer}")]
-    if examples is None:
-        return [_batch_row(recipe, world_size)]
-    plan = make_plan(recipe, examples=examples, world_size=world_size)
-    rows = [
-        (
-            "steps",
+    rows = [_batch_row(recipe, world_size)]
+    if examples is not None:
+        plan = make_plan(recipe, examples=examples, world_size=world_size)
+        text = (
             f"{plan.steps:,} updates of {plan.global_batch:,} images "
-            f"({plan.steps / plan.steps_per_epoch:.1f} epochs), {plan.warmup_steps:,} warm-up",
-        ),
-        _batch_row(recipe, world_size),
-    ]
-    if plan.negatives is not None and plan.chance_loss is not None:
-        rows.append(("negatives", f"{plan.negatives:,} for every view"))
-        rows.append(("chance loss", f"{plan.chance_loss:.3f} nats, both directions"))
-    optimizer = recipe.optimizer
-    rows.append(
-        (
-            "learning rate",
-            f"{plan.peak_learning_rate:.6g} ({optimizer.kind}, {optimizer.learning_rate:g}, "
-            f"scaling {optimizer.rate_scaling}), then cosine to 0",
+            f"({plan.steps / plan.steps_per_epoch:.1f} epochs), {plan.warmup_steps:,} warm-up"
         )
+        rows.insert(0, ("steps", text))
+    batch, optimizer = recipe.batch.global_batch, recipe.optimizer
+    if isinstance(recipe, PretrainRecipe):
+        queue = _queue_length(recipe)
+        rows.append(("negatives", f"{_negatives(batch, queue):,} for every view"))
+        rows.append(("chance loss", f"{chance_loss(batch, queue):.3f} nats, both directions"))
+    peak = scaled_rate(optimizer.learning_rate, optimizer.rate_scaling, batch)
+    text = (
+        f"{peak:.6g} ({optimizer.kind}, {optimizer.learning_rate:g}, "
+        f"scaling {optimizer.rate_scaling}), then cosine to 0"
     )
-    return rows
+    return [*rows, ("learning rate", text)]
+
+
+def _queue_length(recipe: PretrainRecipe) -> int:
+    return 0 if recipe.loss.queue is None else recipe.loss.queue.length
+
+
+def _negatives(global_batch: int, queue: int) -> int:
+    return 2 * global_batch - 2 + queue
 
 
 def _batch_row(recipe: AnyTraining, world_size: int) -> tuple[str, str]:
