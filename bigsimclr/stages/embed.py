@@ -39,17 +39,13 @@ def embed(
         batch_size: images per forward pass.
 
     Raises:
-        ValueError: the images are not [N,3,H,W], or floats outside [0,1].
+        ValueError: the images are not [N,3,H,W], neither uint8 nor floats, or floats outside
+            [0,1]; or the head has fewer layers.
     """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be [N,3,H,W], not {list(images.shape)}")
-    if images.is_floating_point() and images.numel():
-        low, high = images.aminmax()
-        if low < 0 or high > 1:
-            raise ValueError(
-                f"float images must lie in [0,1] and these reach from {low:.3g} to {high:.3g}; "
-                "no mean or standard deviation is subtracted"
-            )
+    _check_images(images)
+    layers = 0 if model.head is None else len(model.head.layers)
+    if not 0 <= from_layer <= layers:
+        raise ValueError(f"from_layer {from_layer}: the head has {layers} layers")
     device = next(model.parameters()).device
     parts = []
     with inference(model):
@@ -58,7 +54,23 @@ def embed(
             scaled = pixels.float() / 255 if not pixels.is_floating_point() else pixels.float()
             outputs = model(scaled.contiguous(memory_format=torch.channels_last))
             parts.append(hidden(outputs, from_layer).float().cpu())
-    return torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat(parts)  # also without images, which come as one empty piece
+
+
+def _check_images(
+    images: Tensor,  # [N,3,H,W]
+) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be [N,3,H,W], not {list(images.shape)}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images must be uint8, or floats in [0,1], not {images.dtype}")
+    if images.is_floating_point() and images.numel():
+        low, high = images.aminmax()
+        if not (low >= 0 and high <= 1):  # nor where they are not numbers
+            raise ValueError(
+                f"float images must lie in [0,1] and these reach from {low:.3g} to {high:.3g}; "
+                "no mean or standard deviation is subtracted"
+            )
 
 
 @dataclass(frozen=True)
