@@ -37,6 +37,12 @@ def invoke(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
+def spawn(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, where nothing catches what libraries print."""
+    command = [sys.executable, "-m", "bigsimclr", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def refused(folder: Path, code: int, line: str, *words: object) -> None:
     """Expect one line on standard error, an exit code, and the folder as it was."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -86,7 +92,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory, network: PortableModel)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five photographs of several sizes in nested folders, one of them broken, and a text."""
+    """JPEGs of several sizes in nested folders, one of them broken, and a text."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "deep" / "er").mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -161,8 +167,7 @@ def test_import_tf_refusals(tmp_path: Path, checkpoint: Path) -> None:
     assert result.stderr.startswith(f"bigsimclr: error: --classes: {names} ")
     names.write_text("ant\nbee\n")
     result = invoke(*words)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.count("\n") == 1
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
 
     out.write_text("mine")
@@ -187,16 +192,18 @@ def test_predict_names_the_class_of_every_image_it_can_read(
     tmp_path: Path, model_file: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = invoke("predict", model_file, photos)
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == (
+    ended = spawn("predict", model_file, photos)
+    assert ended.returncode == 0
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("broken.jpg cannot be read and is left out: ")
+    assert ended.stdout == (
         "predictions.csv: classes of 4 images; 1 left out, unreadable: broken.jpg\n"
     )
     with Path("predictions.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["name", "class", "probability"]
     assert [row[0] for row in rows] == READABLE
-    assert {row[1] for row in rows} <= {"class 0", "class 1", "class 2", "class 3"}
+    assert {row[1] for row in rows} <= {f"class {number}" for number in range(4)}
     assert all(0.25 <= float(row[2]) <= 1 for row in rows)
 
 
@@ -208,7 +215,7 @@ def test_predictions_are_those_of_the_model(
     whole = type(prepared)(prepared.image_size, prepared.resize, 1.0)
     portable = PortableModel(network.model, network.architecture, NAMES, whole, "a test")
     write_model_file(tmp_path / "m.safetensors", portable)
-    folder = photos / "deep" / "er"
+    folder = photos / "deep/er"
     assert (
         invoke("predict", tmp_path / "m.safetensors", folder, "-o", tmp_path / "c.csv").exit_code
         == 0
@@ -224,7 +231,7 @@ def test_predictions_are_those_of_the_model(
 
     out = tmp_path / "e.npz"
     result = invoke("embed", tmp_path / "m.safetensors", folder, "--out", out)
-    assert (result.exit_code, result.stdout) == (0, f"{out}: features of 1 images\n")
+    assert (result.exit_code, result.stdout) == (0, f"{out}: features of 1 image\n")
     with np.load(out, allow_pickle=False) as stored:
         assert stored["names"].tolist() == ["c.jpg"]
         features = embed(load_model(tmp_path / "m.safetensors"), pixels).numpy()
@@ -278,9 +285,8 @@ def test_embed_and_predict_refusals(
     refused(tmp_path, 3, line, command, model_file, empty, "-o", out)
 
     (tmp_path / "file").touch()
-    beneath = tmp_path / "file" / f"out{suffix}"
     line = f"{tmp_path / 'file'} is a file, not a folder"
-    refused(tmp_path, 7, line, command, model_file, photos, "-o", beneath)
+    refused(tmp_path, 7, line, command, model_file, photos, "-o", tmp_path / "file" / out.name)
     assert out.read_text() == "before"
 
 
@@ -354,20 +360,14 @@ def test_export_refusals(tmp_path: Path, model_file: Path) -> None:
     refused(tmp_path, 7, line, "export", model_file, "--to", "safetensors", "-o", file)
     line = f"{tmp_path / 'x.npz'}: a .safetensors file is written; choose a name that ends so"
     refused(tmp_path, 2, line, "export", file, "--to", "safetensors", "-o", tmp_path / "x.npz")
-    unknown = invoke("export", file, "--to", "tensorflow", "-o", out)
-    assert (unknown.exit_code, out.exists()) == (2, False)
 
 
 def test_export_to_onnx_prints_nothing_but_its_notes(tmp_path: Path) -> None:
-    """In a process of its own, as the exporter's remarks go past Python's streams."""
     onnxruntime = pytest.importorskip("onnxruntime")
     file, out = tmp_path / "m.safetensors", tmp_path / "m.onnx"
     small = Architecture(SMALL.model_copy(update={"depth": 10}), None, 4, 0)
     write_model_file(file, networks.portable(small, size=16))
-    words = ["export", str(file), "--to", "onnx", "--preprocess", "-o", str(out)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "bigsimclr", *words], capture_output=True, text=True, check=False
-    )
+    ended = spawn("export", file, "--to", "onnx", "--preprocess", "-o", out)
     assert (ended.returncode, ended.stderr) == (0, "")
     *lines, last = ended.stdout.splitlines()
     assert lines == [

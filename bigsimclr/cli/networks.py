@@ -24,7 +24,7 @@ def embed(
     from bigsimclr.stages.embed import embed_to_file
 
     written = embed_to_file(network, folder, out)
-    print(f"{out}: features of {written.images} images{_left_out(written.unreadable)}")
+    print(f"{out}: features of {_counted(written.images, written.unreadable)}")
 
 
 def predict(
@@ -39,7 +39,7 @@ def predict(
     from bigsimclr.stages.embed import predict_to_file
 
     written = predict_to_file(network, folder, out)
-    print(f"{out}: classes of {written.images} images{_left_out(written.unreadable)}")
+    print(f"{out}: classes of {_counted(written.images, written.unreadable)}")
 
 
 def import_tf(
@@ -121,5 +121,9 @@ def export(
     print("\n".join([f"{converted.path}: {converted.what}", *converted.notes]))
 
 
-def _left_out(names: tuple[str, ...]) -> str:
-    return f"; {len(names)} left out, unreadable: {', '.join(names[:3])}" if names else ""
+def _counted(images: int, unreadable: tuple[str, ...]) -> str:
+    text = f"{images:,} image{'s' * (images != 1)}"
+    if not unreadable:
+        return text
+    names = ", ".join((*unreadable[:3], *(["..."] if len(unreadable) > 3 else [])))
+    return f"{text}; {len(unreadable):,} left out, unreadable: {names}"
