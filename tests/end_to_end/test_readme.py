@@ -12,6 +12,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from bigsimclr.models import Architecture
+from bigsimclr.recipe.sections import ResNetBackbone
+from tests.interop.networks import portable
+from tests.interop.official import tf1_variables
+from tests.interop.write_bundle import write_bundle
+
 README = Path(__file__).resolve().parents[2] / "README.md"
 SHORT = ["schedule.epochs=null", "schedule.steps=2", "schedule.warmup_epochs=0"]
 
@@ -52,18 +58,37 @@ def _run(words: list[str], folder: Path) -> str:
     return ended.stdout
 
 
+def _commands(command: str) -> list[list[str]]:
+    """Return the words of all lines of the first block of commands that has this one."""
+    lines = next(block for block in _blocks("bash") if f"bigsimclr {command}" in block)
+    joined = lines.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in joined if line.startswith("bigsimclr")]
+
+
 @pytest.mark.slow
 def test_lines_for_own_images(home: Path) -> None:
-    lines = "\n".join(_blocks("bash")).replace("\\\n", " ").splitlines()
-    lines = [line for line in lines if line.startswith("bigsimclr")]
-    assert len(lines) == 3
-    for line in lines:
-        words = shlex.split(line)[1:]
-        _run(["-m", "bigsimclr", *words, *(SHORT if words[0] == "run" else [])], home)
+    pretraining, (*finetuning, prediction) = _commands("run digits/1"), _commands("run digits/5")
+    for words in (*pretraining, *finetuning):
+        _run(["-m", "bigsimclr", *words, *SHORT], home)
+    _run(["-m", "bigsimclr", *prediction], home)
     assert (home / "runs" / "photos-finetuned" / "report.html").exists()
     classes = (home / "classes.csv").read_text(encoding="utf-8").splitlines()
     assert classes[0] == "name,class,probability"
     assert len(classes) == 1 + 70
+
+
+@pytest.mark.slow
+def test_lines_for_official_checkpoints(home: Path) -> None:
+    network = portable(Architecture(ResNetBackbone(depth=50), None, 10, 0))
+    (home / "r50_1x_sk0").mkdir()
+    write_bundle(home / "r50_1x_sk0" / "model.ckpt-250228", tf1_variables(network.model))
+    commands = _commands("import-tf")
+    assert [words[0] for words in commands] == ["import-tf", "predict", "export"]
+    imported, _, exported = [_run(["-m", "bigsimclr", *words], home) for words in commands]
+    assert "each bit as in the checkpoint" in imported
+    assert "model.maxpool = torch.nn.MaxPool2d(3, 2, ceil_mode=True)" in exported
+    assert (home / "r50-torchvision.safetensors").exists()
+    assert len((home / "classes.csv").read_text(encoding="utf-8").splitlines()) == 1 + 70
 
 
 @pytest.mark.slow
