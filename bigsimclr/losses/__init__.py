@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bigsimclr.losses.nt_xent import ContrastiveMetrics, NtXent
 from bigsimclr.recipe.sections import NtXentLoss
+from bigsimclr.world import ALONE, World
 
 
 class ContrastiveLoss(Protocol):
@@ -20,6 +21,6 @@ class ContrastiveLoss(Protocol):
         ...
 
 
-def build_loss(section: NtXentLoss) -> ContrastiveLoss:
-    """Make the contrastive loss that a recipe's `loss` section describes."""
-    return NtXent(temperature=section.temperature, row_chunk=section.row_chunk)
+def build_loss(section: NtXentLoss, world: World = ALONE) -> ContrastiveLoss:
+    """Make the contrastive loss that a recipe's `loss` section describes, over some ranks."""
+    return NtXent(temperature=section.temperature, row_chunk=section.row_chunk, world=world)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bigsimclr.losses.tiled import tiled_anchor_losses
+from bigsimclr.world import ALONE, World
 
 METRIC_ROWS = 1024
 """Anchors per block of `contrastive_metrics`; bounds its memory to METRIC_ROWS x pairs."""
@@ -43,8 +44,13 @@ def nt_xent(
     row_chunk: int | None = None,
     queue: Tensor | None = None,  # [Q, D] further negatives of every anchor, constants
     normalise: bool = True,
+    world: World = ALONE,
 ) -> Tensor:
     """Return the contrastive loss of a batch of pairs: the sum of both directions.
+
+    Over several ranks it is the mean over this rank's images, compared with those of all ranks.
+    The mean of the ranks' losses is the loss of the global batch, and the mean of the gradients
+    that each finds for its parameters is its gradient: no factor of the world size is needed.
 
     float64 is computed in float64, everything else in float32, also under autocast.
 
@@ -57,6 +63,8 @@ def nt_xent(
             logits of memory, with the same value and gradient.
         queue: Past projections; no gradient flows into them.
         normalise: Compare by cosine; False compares by inner product.
+        world: The ranks, each with as many pairs and the same queue; every rank makes this call,
+            and the backward pass.
 
     Returns:
         The loss [], float32 or float64.
@@ -74,16 +82,18 @@ def nt_xent(
         if normalise:
             rows, constants = unit_rows(rows), unit_rows(constants)
         if row_chunk is None:
-            losses = _dense_anchor_losses(rows, constants, temperature)
+            losses = _dense_anchor_losses(rows, constants, temperature, world)
         else:
             # A cosine needs no look at the data, which would wait for the device.
-            largest = 1.0 if normalise else _largest_product(rows, constants)
+            is_bounded = normalise or world.size > 1
+            largest = 1.0 if is_bounded else _largest_product(rows, constants)
             losses = tiled_anchor_losses(
                 rows,
                 constants,
                 temperature=temperature,
                 row_chunk=row_chunk,
                 largest=largest / temperature,
+                world=world,
             )
         return losses.sum() / first.shape[0]
 
@@ -102,16 +112,20 @@ def contrastive_metrics(
     second: Tensor,  # [B, D]
     *,
     temperature: float = 0.1,
+    world: World = ALONE,
 ) -> ContrastiveMetrics:
     """Measure how well first views find their second views, among second views only.
+
+    Over several ranks: this rank's first views among all ranks' second views.
 
     Source: google-research/simclr tf2/metrics.py (`update_pretrain_metrics_train`).
     """
     _check(first, second, None, temperature=temperature, row_chunk=None)
     with torch.autocast(first.device.type, enabled=False):
         anchors, candidates = unit_rows(_precise(first)), unit_rows(_precise(second))
+        candidates = world.gather(candidates).flatten(0, 1)
         pairs = len(anchors)
-        own = torch.arange(pairs, device=anchors.device)
+        own = torch.arange(pairs, device=anchors.device) + world.rank * pairs
         found, entropy = anchors.new_zeros(()), anchors.new_zeros(())
         for start in range(0, pairs, METRIC_ROWS):
             logits = anchors[start : start + METRIC_ROWS] @ candidates.T / temperature
@@ -127,25 +141,34 @@ class NtXent:
 
     temperature: float  # dimensionless
     row_chunk: int | None = None  # anchors per chunk; None: all logits at once
+    world: World = ALONE
 
     def __call__(self, first: Tensor, second: Tensor, *, queue: Tensor | None = None) -> Tensor:
         """Return the loss [] of projections [B, D], [B, D] and past projections [Q, D]."""
         return nt_xent(
-            first, second, temperature=self.temperature, row_chunk=self.row_chunk, queue=queue
+            first,
+            second,
+            temperature=self.temperature,
+            row_chunk=self.row_chunk,
+            queue=queue,
+            world=self.world,
         )
 
     def metrics(self, first: Tensor, second: Tensor) -> ContrastiveMetrics:
         """Return accuracy and entropy of projections [B, D], [B, D]."""
-        return contrastive_metrics(first, second, temperature=self.temperature)
+        return contrastive_metrics(first, second, temperature=self.temperature, world=self.world)
 
 
-def _dense_anchor_losses(rows: Tensor, constants: Tensor, temperature: float) -> Tensor:
-    """Return every anchor's loss [2B] by plain autograd on all logits [2B, 2B + Q]."""
+def _dense_anchor_losses(
+    rows: Tensor, constants: Tensor, temperature: float, world: World
+) -> Tensor:
+    """Return this rank's anchors' losses [2B] by plain autograd on all logits [2B, 2BW + Q]."""
     pairs = rows.shape[0] // 2
-    logits = rows @ rows.T / temperature
-    anchor = torch.arange(2 * pairs, device=rows.device)
-    image = anchor % pairs
-    logits = logits.masked_fill(image[:, None] == image[None, :], -math.inf)
+    first, second = (world.gather_rows(view) for view in rows.chunk(2))
+    logits = rows @ torch.cat([first, second]).T / temperature
+    image = world.rank * pairs + torch.arange(2 * pairs, device=rows.device) % pairs
+    candidate = torch.arange(2 * len(first), device=rows.device) % len(first)
+    logits = logits.masked_fill(image[:, None] == candidate[None, :], -math.inf)
     logits = torch.cat([logits, rows @ constants.T / temperature], dim=1)
     positive = (rows[:pairs] * rows[pairs:]).sum(1).repeat(2) / temperature
     # -log sigmoid(x) is log(1 + exp(-x)) without overflow, and exactly 0 where no negative exists.

@@ -4,8 +4,11 @@ Nothing of size 2B x 2B is ever held. The forward pass keeps one sum per anchor;
 makes the logits again. Two routes give the same numbers:
 
 * symmetric: s_ij = s_ji, so only tiles on and above the diagonal are made, and each serves its
-  rows and its columns. It needs exp(s_ij) to fit the number format, which a bound on s guarantees.
-* shifted: whole rows, less their own logarithm of sums, for any temperature and any norm.
+  rows and its columns. It needs exp(s_ij) to fit the number format, which a bound on s guarantees,
+  and all rows in one process.
+* shifted: whole rows, less their own logarithm of sums, for any temperature and any norm. Of
+  several processes each has the rows of its own anchors, and all columns. Since s_ij = s_ji, it
+  finds its rows' whole gradient by itself, as soon as it knows the others' sums and weights.
 
 Notation: z rows, s = z z' / T logits, p positives, r_i sums of exp(s_ij) over the negatives of i.
 loss_i = log(1 + r_i / exp(p_i)), so with w_i = r_i / (r_i + exp(p_i))
@@ -22,6 +25,8 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from typing_extensions import override
 
+from bigsimclr.world import World
+
 SAFE_LOGIT = 40.0
 """exp(±40), and sums of 10^20 of them, are normal float32 numbers; above it rows are shifted."""
 
@@ -33,8 +38,12 @@ def tiled_anchor_losses(
     temperature: float,
     row_chunk: int,
     largest: float,
+    world: World,
 ) -> Tensor:
     """Return every anchor's loss [2B]; differentiable once, with respect to `rows`.
+
+    Over several ranks these are the losses of this rank's anchors against all ranks' rows. Their
+    gradient is that of the sum over ranks, which gathers rows without a gradient of their own.
 
     Args:
         rows: What is compared, as it is compared.
@@ -42,12 +51,13 @@ def tiled_anchor_losses(
         temperature: Divides the inner products.
         row_chunk: Side of a tile of the symmetric route; anchors per chunk of the shifted one.
         largest: A bound on the absolute value of every logit; decides about the route.
+        world: The ranks, each with as many rows.
     """
     pairs = rows.shape[0] // 2
     positives = (rows[:pairs] * rows[pairs:]).sum(1).repeat(2) / temperature
-    route = _Symmetric if largest <= SAFE_LOGIT else _Shifted
+    route = _Symmetric if largest <= SAFE_LOGIT and world.size == 1 else _Shifted
     losses: Tensor = route.apply(  # type: ignore[no-untyped-call]
-        rows, positives, constants, temperature, row_chunk
+        rows, positives, constants, temperature, row_chunk, world
     )
     return losses
 
@@ -58,6 +68,7 @@ class _Saved(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
     temperature: float
     row_chunk: int
+    world: World
 
 
 class _Symmetric(Function):
@@ -72,6 +83,7 @@ class _Symmetric(Function):
         constants: Tensor,
         temperature: float,
         row_chunk: int,
+        world: World,
     ) -> Tensor:
         ctx.temperature, ctx.row_chunk = temperature, row_chunk
         sums = torch.zeros_like(positives)
@@ -103,7 +115,7 @@ class _Symmetric(Function):
             for row, column, tile in _constant_tiles(scaled, constants, ctx.row_chunk):
                 tile.mul_(share[row, None])
                 slopes[row].addmm_(tile, constants[column], alpha=1.0 / ctx.temperature)
-            return slopes, -share * sums, None, None, None
+            return slopes, -share * sums, None, None, None, None
 
 
 class _Shifted(Function):
@@ -118,32 +130,47 @@ class _Shifted(Function):
         constants: Tensor,
         temperature: float,
         row_chunk: int,
+        world: World,
     ) -> Tensor:
-        ctx.temperature, ctx.row_chunk = temperature, row_chunk
+        ctx.temperature, ctx.row_chunk, ctx.world = temperature, row_chunk, world
+        columns = in_column_order(rows, world)
         sums = torch.empty_like(positives)
-        for row, logits in _row_logits(rows, constants, temperature, row_chunk):
+        for row, logits in _row_logits(rows, columns, constants, ctx):
             sums[row] = logits.logsumexp(1)
         # Without a negative the logarithm is -inf; a finite stand-in keeps inf - inf away.
         sums.clamp_(min=torch.finfo(sums.dtype).min)
-        ctx.save_for_backward(rows, positives, constants, sums)
+        ctx.save_for_backward(rows, positives, columns, constants, sums)
         return -F.logsigmoid(positives - sums)
 
     @staticmethod
     @override
     def backward(ctx: _Saved, gradient: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        rows, positives, constants, sums = ctx.saved_tensors
+        rows, positives, columns, constants, sums = ctx.saved_tensors
         with torch.autocast(rows.device.type, enabled=False):
             weights = gradient * torch.sigmoid(sums - positives)
+            known = in_column_order(torch.stack([sums, weights], dim=1), ctx.world)
+            all_sums, all_weights = known.unbind(1)
             slopes = torch.empty_like(rows)
-            views = rows.shape[0]
-            for row, logits in _row_logits(rows, constants, ctx.temperature, ctx.row_chunk):
+            views = len(columns)
+            for row, logits in _row_logits(rows, columns, constants, ctx):
                 as_row = (logits - sums[row, None]).exp_().mul_(weights[row, None])
                 # The same logits seen from their columns; constants are no anchors.
-                as_column = logits[:, :views].sub_(sums).exp_().mul_(weights)
+                as_column = logits[:, :views].sub_(all_sums).exp_().mul_(all_weights)
                 as_row[:, :views] += as_column
-                slopes[row] = as_row[:, :views] @ rows + as_row[:, views:] @ constants
-            return slopes / ctx.temperature, -weights, None, None, None
+                slopes[row] = as_row[:, :views] @ columns + as_row[:, views:] @ constants
+            return slopes / ctx.temperature, -weights, None, None, None, None
+
+
+def in_column_order(
+    rows: Tensor,  # [2B, ...] this rank's first views, then its second views
+    world: World,
+) -> Tensor:  # [2BW, ...] all first views in the order of the global batch, then all second views
+    """Collect what every rank has of its anchors, without gradient."""
+    if world.size == 1:
+        return rows
+    by_view: Tensor = world.gather(rows).unflatten(1, (2, -1)).transpose(0, 1)
+    return by_view.flatten(0, 2)
 
 
 def _refuse_second_derivative() -> None:
@@ -190,15 +217,23 @@ def _constant_tiles(
 
 
 def _row_logits(
-    rows: Tensor, constants: Tensor, temperature: float, row_chunk: int
+    rows: Tensor,  # [2B, D] of this rank
+    columns: Tensor,  # [M, D] of all ranks
+    constants: Tensor,  # [Q, D]
+    how: _Saved,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of logits [row_chunk, M + Q], -inf where there is no negative."""
-    views = rows.shape[0]
-    for row in _blocks(views, row_chunk):
-        logits = torch.cat([rows[row] @ rows.T, rows[row] @ constants.T], dim=1)
-        logits /= temperature
-        _blank(logits[:, :views], row.start, views // 2, value=-torch.inf)
-        yield row, logits
+    pairs, world = len(columns) // 2, how.world
+    # Anchors whose columns are neighbours, too: with other ranks' between them, those of one view.
+    run = len(rows) if world.size == 1 else len(rows) // 2
+    for start in range(0, len(rows), run):
+        for block in _blocks(run, how.row_chunk):
+            row = slice(start + block.start, start + block.stop)
+            logits = torch.cat([rows[row] @ columns.T, rows[row] @ constants.T], dim=1)
+            logits /= how.temperature
+            first = (start // run) * pairs + world.rank * run + block.start  # its column
+            _blank(logits[:, : 2 * pairs], first, pairs, value=-torch.inf)
+            yield row, logits
 
 
 def _blank(tile: Tensor, offset: int, pairs: int, *, value: float) -> None:

@@ -1,6 +1,6 @@
-"""Batch norm with the official running variance.
+"""Batch norm with the official running variance, over the images of one rank or of all.
 
-Shapes: N images, C channels, H x W positions.
+Shapes: N images of this rank, C channels, H x W positions, W ranks.
 """
 
 from collections.abc import Iterator
@@ -9,8 +9,12 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from typing_extensions import override
+
+from bigsimclr.world import ALONE, World
 
 EPSILON: Final = 1e-5
 MOMENTUM: Final = 0.1
@@ -23,7 +27,11 @@ class BatchNorm(nn.Module):
     As `torch.nn.BatchNorm2d`, but the running variance takes the *biased* batch variance, which
     divides by the number of values n. PyTorch divides by n - 1 there, which at n = 2 doubles it.
 
-    Source: google-research/simclr resnet.py BatchNormRelu (fused=False), tf2/resnet.py.
+    After `share_batch_norm` the statistics are those of all ranks' images: exactly the variance of
+    the whole, and exactly its gradient. Unlike `torch.nn.SyncBatchNorm`, also on a CPU.
+
+    Source: google-research/simclr resnet.py BatchNormRelu (fused=False) and cross_replica_average,
+        tf2/resnet.py.
     """
 
     running_mean: Tensor
@@ -33,6 +41,7 @@ class BatchNorm(nn.Module):
         super().__init__()
         self.channels = channels
         self.moves_running_statistics = True
+        self.world = ALONE
         scale = torch.zeros(channels) if zero_scale else torch.ones(channels)
         self.weight = nn.Parameter(scale)
         self.bias = nn.Parameter(torch.zeros(channels)) if has_bias else None
@@ -53,6 +62,8 @@ class BatchNorm(nn.Module):
             return F.batch_norm(
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=EPSILON
             )
+        if self.world.size > 1:
+            return self._over_all_ranks(inputs)
         if not self.moves_running_statistics:
             return F.batch_norm(
                 inputs, None, None, self.weight, self.bias, training=True, eps=EPSILON
@@ -76,9 +87,87 @@ class BatchNorm(nn.Module):
             self.running_var.mul_(1 - MOMENTUM).add_(scratch, alpha=(values - 1) / values)
         return outputs
 
+    def _over_all_ranks(self, inputs: Tensor) -> Tensor:
+        mean, variance = _global_statistics(inputs, self.world)
+        if self.moves_running_statistics:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
+                self.running_var.lerp_(variance.to(self.running_var.dtype), MOMENTUM)
+        outputs: Tensor = _GlobalNorm.apply(  # type: ignore[no-untyped-call]
+            inputs, mean, variance, self.weight, self.bias, self.world
+        )
+        return outputs
+
     @override
     def extra_repr(self) -> str:
         return f"{self.channels}, has_bias={self.bias is not None}"
+
+
+def share_batch_norm(model: nn.Module, world: World) -> None:
+    """Let every `BatchNorm` in `model` take its statistics over the images of all ranks.
+
+    In training mode every rank must then make every forward and backward pass, with as many images.
+    """
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.world = world
+
+
+@torch.no_grad()
+def _global_statistics(
+    inputs: Tensor,  # [N, C] or [N, C, H, W]
+    world: World,
+) -> tuple[Tensor, Tensor]:  # [C], [C]: mean and variance over all ranks, float32 or float64
+    dimensions = _all_but_channels(inputs)
+    precise = inputs if inputs.dtype == torch.float64 else inputs.float()
+    variance, mean = torch.var_mean(precise, dimensions, correction=0)
+    # The variance of the whole is the mean of the parts' variances, and that of their means. Sums
+    # of squares would be one collective too, and lose half the digits.
+    variances, means = world.gather(torch.stack([variance, mean])).unbind(1)
+    mean = means.mean(0)
+    return mean, variances.mean(0) + (means - mean).square().mean(0)
+
+
+class _GlobalNorm(Function):
+    """Normalise by statistics of all ranks, and let gradients flow through them."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: FunctionCtx,
+        inputs: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        world: World,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, mean, variance, weight)
+        ctx.world, ctx.has_bias = world, bias is not None  # type: ignore[attr-defined]
+        return F.batch_norm(inputs, mean, variance, weight, bias, eps=EPSILON)
+
+    @staticmethod
+    @override
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, mean, variance, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        world: World = ctx.world  # type: ignore[attr-defined]
+        dimensions = _all_but_channels(inputs)
+        shape = [1, -1] + [1] * (inputs.ndim - 2)
+        inverse = (variance + EPSILON).rsqrt()
+        normal = (inputs.to(mean.dtype) - mean.view(shape)) * inverse.view(shape)
+        upstream = gradient.to(mean.dtype)
+        sums = torch.stack([upstream.sum(dimensions), (upstream * normal).sum(dimensions)])
+        values = inputs.numel() // len(mean) * world.size
+        average, slope = (world.total(sums) / values).unbind(0)
+        through = upstream - average.view(shape) - normal * slope.view(shape)
+        toward = through * (weight * inverse).view(shape)
+        own_bias, own_weight = sums.to(weight.dtype).unbind(0)
+        has_bias: bool = ctx.has_bias  # type: ignore[attr-defined]
+        return toward.to(inputs.dtype), None, None, own_weight, own_bias if has_bias else None, None
+
+
+def _all_but_channels(inputs: Tensor) -> list[int]:
+    return [0, *range(2, inputs.ndim)]
 
 
 @contextmanager

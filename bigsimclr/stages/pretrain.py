@@ -16,6 +16,7 @@ from bigsimclr.engine.stop import StopRequest
 from bigsimclr.losses import ContrastiveLoss, build_loss
 from bigsimclr.losses.classify import cross_entropy
 from bigsimclr.models import Architecture, build_model
+from bigsimclr.models.norm import share_batch_norm
 from bigsimclr.models.simclr import Outputs, SimCLR
 from bigsimclr.recipe.schema import PretrainRecipe
 from bigsimclr.recipe.sections import QueueSection
@@ -39,13 +40,15 @@ class Contrast:
         *,
         width: int,  # of the projections
         queue: QueueSection | None,
-        device: torch.device,
+        world: World,
     ) -> None:
-        self.model = model.to(device).train()
+        share_batch_norm(model, world)
+        self.model = model.to(world.device).train()
+        self._world = world
         self._loss = loss
         self._width = width
         self._averaged = None if queue is None else AveragedCopy(model, queue.ema_decay)
-        self._queue = None if queue is None else Queue(queue.length, width, device=device)
+        self._queue = None if queue is None else Queue(queue.length, width, device=world.device)
 
     def embed(self, views: Tensor) -> Tensor:
         """Return projections, and beside them the probe's logits where there is a probe."""
@@ -82,10 +85,13 @@ class Contrast:
         if self._averaged is None or self._queue is None:
             return
         self._averaged.update(self.model)
-        for piece in pieces:
-            second = make_views(piece).chunk(2)[1]
-            with torch.no_grad():
-                self._queue.push(self._averaged.model(second).projections[-1].float())
+        with torch.no_grad():
+            rows = [
+                self._averaged.model(make_views(piece).chunk(2)[1]).projections[-1].float()
+                for piece in pieces
+            ]
+        # All ranks' rows in the order of the global batch: every rank holds the same queue.
+        self._queue.push(self._world.gather(torch.cat(rows)).flatten(0, 1))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the averaged copy and the queue."""
@@ -142,10 +148,10 @@ def pretrain(
     task = Task(
         objective=Contrast(
             model,
-            build_loss(recipe.loss),
+            build_loss(recipe.loss, world),
             width=recipe.head.output_width,
             queue=recipe.loss.queue,
-            device=world.device,
+            world=world,
         ),
         architecture=architecture,
         inputs=inputs,

@@ -22,6 +22,7 @@ from bigsimclr.recipe.sections import HeadSection, NtXentLoss, QueueSection, Res
 from bigsimclr.stages.distill import Distillation
 from bigsimclr.stages.finetune import Classification
 from bigsimclr.stages.pretrain import Contrast
+from bigsimclr.world import ALONE
 
 IMAGES, SIZE, CLASSES = 14, 8, 3  # 14 images make exactly 2, 3 and 7 pieces
 BACKBONE = ResNetBackbone(depth=10, width=1 / 16, stem="cifar")
@@ -86,7 +87,7 @@ def contrast(*, queue: bool = False, probe: bool = True) -> Contrast:
         build_loss(NtXentLoss(temperature=0.2)),
         width=16,
         queue=QueueSection(length=16, ema_decay=0.9) if queue else None,
-        device=torch.device("cpu"),
+        world=ALONE,
     )
     freeze_statistics(model)
     if objective._averaged is not None:

@@ -44,6 +44,7 @@ from bigsimclr.recipe.sections import (
 )
 from bigsimclr.stages.finetune import Classification
 from bigsimclr.stages.pretrain import Contrast
+from bigsimclr.world import ALONE
 from tests.golden.paths import golden_dir
 
 GOLDEN = golden_dir()
@@ -202,7 +203,7 @@ def objective_of(official: Official, model: SimCLR) -> Objective:
     if isinstance(recipe, FinetuneRecipe):
         return Classification(model, frozen=False)
     loss, width = build_loss(recipe.loss), recipe.head.output_width
-    return Contrast(model, loss, width=width, queue=None, device=CPU)
+    return Contrast(model, loss, width=width, queue=None, world=ALONE)
 
 
 def batch_of(official: Official, step: int) -> Batch:
