@@ -28,6 +28,8 @@ from bigsimclr.stages.load import load_model, load_network
 from tests.interop import networks
 from tests.interop.write_bundle import write_bundle
 
+pytestmark = pytest.mark.slow
+
 SMALL = ResNetBackbone(depth=18, width=1 / 8, stem="cifar")
 HEAD = HeadSection(layers=3, output_width=16)
 NAMES = ("ant", "bee", "cat", "dog")

@@ -23,6 +23,8 @@ from bigsimclr.stages.pretrain import Contrast
 from bigsimclr.world import ALONE, World
 from tests.distributed.ranks import on_ranks
 
+pytestmark = pytest.mark.slow
+
 STEPS, IMAGES, SIDE, WIDTH = 20, 24, 8, 16
 BUCKETS = 100_000  # bytes: the little network has several
 PEAK_RATE = 0.02
@@ -109,7 +111,6 @@ def whole(double: bool) -> dict[str, Tensor]:
     return {name: exact(value) for name, value in trained(ALONE, double=double).items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_all_ranks_end_where_one_process_does(
     size: int, double: bool, whole: dict[str, Tensor]

@@ -16,7 +16,7 @@ from tests.golden.checkpoints import checkpoints
 from tests.golden.forward import CASES, FLOAT64_TOLERANCE, Case, read_case, relative_error, run
 from tests.interop.official import same_bits
 
-pytestmark = pytest.mark.golden
+pytestmark = [pytest.mark.golden, pytest.mark.slow]
 
 # The command line where TensorFlow cannot be imported, and the network it wrote.
 WITHOUT_TENSORFLOW = """

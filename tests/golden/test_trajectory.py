@@ -20,7 +20,7 @@ from tests.golden.trajectory import (
     read,
 )
 
-pytestmark = pytest.mark.golden
+pytestmark = [pytest.mark.golden, pytest.mark.slow]
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 RUNS = [name for name in NAMES if not name.endswith("_TF1")]

@@ -203,6 +203,7 @@ def test_the_network_is_as_it_was(small: Case) -> None:
         assert torch.equal(small.portable.model.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_large_weights_lie_beside_the_graph(
     tmp_path: Path, small: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +248,7 @@ def test_names_and_damaged_weights_are_refused(tmp_path: Path, small: Case) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_graph_that_computes_something_else_is_not_written(
     tmp_path: Path, small: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +264,7 @@ def test_images_of_another_size_are_refused_by_the_graph(small: Case) -> None:
         run(small.path, torch.rand(1, 3, 40, 40))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime", "onnxscript"])
 def test_missing_packages_are_named(tmp_path: Path, missing: str) -> None:
     program = f"""

@@ -63,6 +63,7 @@ def complaint(folder: Path, variables: Variables) -> str:
 # --- what comes back ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("description", KINDS, ids=shorthand)
 def test_a_network_comes_back(tmp_path: Path, description: Architecture) -> None:
     model = network(description)
@@ -87,6 +88,7 @@ def test_a_network_comes_back(tmp_path: Path, description: Architecture) -> None
     assert len(outputs.projections) == (description.head.layers if description.head else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [12, 16])
 @pytest.mark.parametrize(
     ("layers", "from_layer"), [(layers, k) for layers in range(5) for k in range(layers + 1)]
@@ -130,6 +132,7 @@ def test_simclr_of_the_first_version(tmp_path: Path) -> None:
     assert imported.portable.origin == "hub (TF1)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("listed", [False, True], ids=["checkpoint", "saved_model"])
 @pytest.mark.parametrize("description", KINDS[1:8], ids=shorthand)
 def test_a_network_comes_back_from_objects(

@@ -118,6 +118,7 @@ def agrees(architecture: Architecture, size: int) -> None:
     assert found.total.activation_bytes == activation_bytes(model, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selective_kernel", [False, True])
 @pytest.mark.parametrize("depth", [10, 18, 34, 50, 101])
 def test_counts_are_those_of_the_network(depth: int, selective_kernel: bool) -> None:

@@ -10,6 +10,8 @@ import pytest
 from bigsimclr.report.html import write_report
 from tests.report.fabricate import classifier_records, write, write_pipeline, write_run
 
+pytestmark = pytest.mark.slow
+
 
 def words_of(directory: Path) -> str:
     """Return the text of a run's page, each element apart from the next."""

@@ -14,6 +14,8 @@ from bigsimclr.stages.embed import predict_to_file
 from bigsimclr.stages.load import load_model, load_network
 from tests.stages import tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:

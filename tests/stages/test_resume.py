@@ -18,6 +18,8 @@ from bigsimclr.report.progress import Progress
 from bigsimclr.stages.single import run_stage
 from tests.stages import tiny
 
+pytestmark = pytest.mark.slow
+
 QUEUE = ("loss.queue.length=48", "loss.queue.ema_decay=0.9")
 
 
