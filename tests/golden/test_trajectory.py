@@ -76,13 +76,17 @@ def test_losses_of_every_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_weights_and_running_statistics_after_all_steps(name: str) -> None:
-    official, ours = read(name), follow(name)
+    # In float64, so that all of the error is the official run's: in float32 our own rounding, which
+    # differs with the processor and its threads, moves single variables by as much again.
+    official, ours = read(name), follow(name, float64=True)
     final = kept(official, official.state("final/"))
     assert ours.states[-1].keys() == final.keys()
     errors = change_errors(ours.states, final)
     median, largest = official.change_tolerances()
     assert {n: error for n, error in errors.items() if not error <= largest} == {}
     assert np.median(list(errors.values())) <= median
+    own = change_errors(follow(name).states, final)
+    assert np.median(list(own.values())) <= median
 
 
 @pytest.mark.parametrize("name", RUNS)
