@@ -6,7 +6,10 @@ Source: google-research/simclr resnet.py, tf2/resnet.py.
 """
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
+
+Memory = Literal["none", "selective", "block"]
+"""What is computed again in the backward pass instead of kept; see `models.memory`."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Shapes: N images of this rank, C channels, H x W positions, W ranks.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -19,6 +20,15 @@ from bigsimclr.world import ALONE, World
 EPSILON: Final = 1e-5
 MOMENTUM: Final = 0.1
 """Weight of the new batch in the running statistics: one minus the official decay of 0.9."""
+
+
+@dataclass
+class Note:
+    """What one forward pass of a batch norm did, for when the backward pass makes it again."""
+
+    written: bool = False
+    moved: bool = False  # the running statistics
+    statistics: tuple[Tensor, Tensor] | None = None  # [C], [C] of all ranks; None: of one rank
 
 
 class BatchNorm(nn.Module):
@@ -42,6 +52,7 @@ class BatchNorm(nn.Module):
         self.channels = channels
         self.moves_running_statistics = True
         self.world = ALONE
+        self.note: Note | None = None  # an empty one is written to, a written one obeyed
         scale = torch.zeros(channels) if zero_scale else torch.ones(channels)
         self.weight = nn.Parameter(scale)
         self.bias = nn.Parameter(torch.zeros(channels)) if has_bias else None
@@ -58,10 +69,14 @@ class BatchNorm(nn.Module):
         Raises:
             ValueError: training mode with a single value per channel, which has no variance.
         """
+        if self.note is not None and self.note.written:
+            return self._again(inputs, self.note)
         if not self.training:
             return F.batch_norm(
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=EPSILON
             )
+        if self.note is not None:
+            self.note.written, self.note.moved = True, self.moves_running_statistics
         if self.world.size > 1:
             return self._over_all_ranks(inputs)
         if not self.moves_running_statistics:
@@ -89,6 +104,8 @@ class BatchNorm(nn.Module):
 
     def _over_all_ranks(self, inputs: Tensor) -> Tensor:
         mean, variance = _global_statistics(inputs, self.world)
+        if self.note is not None:
+            self.note.statistics = mean, variance
         if self.moves_running_statistics:
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
@@ -97,6 +114,20 @@ class BatchNorm(nn.Module):
             inputs, mean, variance, self.weight, self.bias, self.world
         )
         return outputs
+
+    def _again(self, inputs: Tensor, note: Note) -> Tensor:
+        """Repeat a training forward pass: no collective, and nothing moves."""
+        if note.statistics is not None:
+            outputs: Tensor = _GlobalNorm.apply(  # type: ignore[no-untyped-call]
+                inputs, *note.statistics, self.weight, self.bias, self.world
+            )
+            return outputs
+        # Autograd must be given as many tensors to keep as in the first pass.
+        mean = torch.zeros_like(self.running_mean) if note.moved else None
+        variance = torch.zeros_like(self.running_var) if note.moved else None
+        return F.batch_norm(
+            inputs, mean, variance, self.weight, self.bias, training=True, eps=EPSILON
+        )
 
     @override
     def extra_repr(self) -> str:

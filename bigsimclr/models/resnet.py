@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from bigsimclr.models.anatomy import DEPTHS, EXPANSION, GROUP_WIDTHS, scaled, stem_width
 from bigsimclr.models.layers import Convolution
+from bigsimclr.models.memory import Recomputed
 from bigsimclr.models.norm import BatchNorm
 from bigsimclr.models.selective import SelectiveKernel
 
@@ -84,7 +85,7 @@ def _shortcut(
     return nn.Sequential(convolution, norm)
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(Recomputed):
     """Two 3x3 convolutions beside a shortcut; the last scale starts at zero.
 
     Source: google-research/simclr tf2/resnet.py ResidualBlock.
@@ -112,7 +113,7 @@ class BasicBlock(nn.Module):
         self.bn2 = BatchNorm(width, zero_scale=True)
 
     @override
-    def forward(
+    def compute(
         self,
         inputs: Tensor,  # [N, C, H, W]
     ) -> Tensor:  # [N, width, H / stride, W / stride]
@@ -123,7 +124,7 @@ class BasicBlock(nn.Module):
         return F.relu(outputs.add_(shortcut), inplace=True)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Recomputed):
     """1x1, 3x3 or selective-kernel, and 1x1 convolutions beside a shortcut.
 
     The stride is on the middle convolution; the last scale starts at zero.
@@ -164,7 +165,7 @@ class Bottleneck(nn.Module):
         self.bn3 = BatchNorm(out_width, zero_scale=True)
 
     @override
-    def forward(
+    def compute(
         self,
         inputs: Tensor,  # [N, C, H, W]
     ) -> Tensor:  # [N, 4 width, H / stride, W / stride]

@@ -1,0 +1,149 @@
+"""Computing parts of a network again in the backward pass instead of keeping what they made.
+
+Loss, gradients and running statistics stay those of the network that keeps everything, to the bit:
+what is computed again is made by the same kernels from the same numbers. Batch norm, which gathers
+statistics and moves its running ones, does both in the first pass only.
+
+Shapes: N images, C channels, H x W positions.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
+
+from bigsimclr.models.anatomy import Memory
+from bigsimclr.models.norm import BatchNorm, Note
+
+
+class Recomputed(nn.Module):
+    """A part of a network that may be computed twice; it must draw no random numbers.
+
+    The lever is an attribute and no module around this one, so that parameters keep their names.
+    """
+
+    memory: Memory = "none"
+
+    def compute(
+        self,
+        inputs: Tensor,  # [N, C, H, W], not changed in place
+    ) -> Tensor:  # [N, C', H', W']
+        """Do what `forward` does, keeping everything."""
+        raise NotImplementedError
+
+    @override
+    def forward(
+        self,
+        inputs: Tensor,  # [N, C, H, W]
+    ) -> Tensor:  # [N, C', H', W']
+        """Compute, and while training keep no more than the lever wants."""
+        if self.memory == "none" or not (self.training and torch.is_grad_enabled()):
+            return self.compute(inputs)
+        outputs: Tensor = checkpoint(
+            self.compute,
+            inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=partial(_contexts, self, keeps_convolutions=self.memory == "selective"),
+        )
+        return outputs
+
+
+def save_memory(model: nn.Module, how: Memory) -> None:
+    """Choose what the residual blocks of `model` keep for the backward pass.
+
+    Args:
+        model: any network; names and values of its parameters do not change.
+        how: none keeps everything. selective keeps blocks' inputs and the results of their
+            convolutions, and computes batch norm, ReLU, pooling and the selective kernels' mixing
+            again: no matrix product is done twice. block keeps blocks' inputs alone, for about a
+            third more arithmetic.
+    """
+    for module in model.modules():
+        if isinstance(module, Recomputed):
+            module.memory = how
+
+
+_Context = AbstractContextManager[object]
+
+
+def _contexts(part: nn.Module, *, keeps_convolutions: bool) -> tuple[_Context, _Context]:
+    """Return what surrounds the first pass through a part, and what surrounds the second."""
+    # One note for each norm and pass: several passes may come before the first backward pass.
+    notes = [(norm, Note()) for norm in part.modules() if isinstance(norm, BatchNorm)]
+    if not keeps_convolutions:
+        return _noting(notes), _noting(notes)
+    kept: deque[Tensor] = deque()
+    return (
+        _within(_noting(notes), _KeepConvolutions(kept)),
+        _within(_noting(notes), _TakeConvolutions(kept)),
+    )
+
+
+@contextmanager
+def _noting(notes: Sequence[tuple[BatchNorm, Note]]) -> Iterator[None]:
+    for norm, note in notes:
+        norm.note = note
+    try:
+        yield
+    finally:
+        for norm, _ in notes:
+            norm.note = None
+
+
+@contextmanager
+def _within(outer: _Context, inner: _Context) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+# PyTorch's create_selective_checkpoint_contexts does as much, but refuses a second pass with more
+# operations than the first: autocast's copies of weights, which the first pass may find made.
+
+
+class _KeepConvolutions(TorchDispatchMode):
+    """Keeps what convolutions return, in their order."""
+
+    def __init__(self, kept: deque[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = kept
+
+    @override
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        outputs = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default and isinstance(outputs, Tensor):
+            # The tensor itself will know the graph, which will know this object.
+            self._kept.append(outputs.detach())
+        return outputs
+
+
+class _TakeConvolutions(TorchDispatchMode):
+    """Returns what was kept instead of convolving again; each result is let go when it is taken."""
+
+    def __init__(self, kept: deque[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = kept
+
+    @override
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func is torch.ops.aten.convolution.default:
+            return self._kept.popleft()
+        return func(*args, **(kwargs or {}))
