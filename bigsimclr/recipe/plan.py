@@ -6,7 +6,7 @@ The recipe says what is wanted and is never written to; the plan says what that 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from bigsimclr.errors import RecipeError
 from bigsimclr.recipe.schema import (
@@ -18,8 +18,15 @@ from bigsimclr.recipe.schema import (
     PretrainRecipe,
     SupervisedRecipe,
 )
+from bigsimclr.recipe.strategies import ParallelSection
 
 Update = Literal["direct", "accumulated", "cached"]
+
+_NO_TWO_PASSES: Final = (
+    "two_pass would make every layer's statistics wait for all images, so that their backward pass "
+    "keeps all blocks' inputs of the whole batch: exactly what parallel.memory=block without "
+    "batch.micro_batch keeps, which is exact and offered"
+)
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,10 @@ def chance_loss(pairs: int, queue_length: int = 0) -> float:
 
 def rule_breaches(recipe: AnyStage) -> list[tuple[str, str]]:
     """List the rules across sections that a recipe breaks, as (dotted key, message)."""
+    breaches = _parallel_breaches(recipe.parallel)
     if isinstance(recipe, KnnRecipe):
-        return []
-    breaches = _batch_breaches(recipe)
+        return breaches
+    breaches += _batch_breaches(recipe)
     if isinstance(recipe, SupervisedRecipe | DistillRecipe) and (
         recipe.from_layer > recipe.head.layers
     ):
@@ -115,18 +123,40 @@ def rule_breaches(recipe: AnyStage) -> list[tuple[str, str]]:
     return breaches
 
 
+def _parallel_breaches(parallel: ParallelSection) -> list[tuple[str, str]]:
+    breaches: list[tuple[str, str]] = []
+    if not parallel.reshard and parallel.strategy != "fsdp2":
+        breaches.append(
+            (
+                "parallel.reshard",
+                f"{parallel.strategy} gathers no parameters that could stay; false is for "
+                "parallel.strategy=fsdp2",
+            )
+        )
+    if parallel.offload and not parallel.strategy.startswith("deepspeed_"):
+        breaches.append(
+            (
+                "parallel.offload",
+                f"{parallel.strategy} keeps the optimizer state on the device; true is for "
+                "parallel.strategy=deepspeed_zero1, 2 or 3",
+            )
+        )
+    return breaches
+
+
 def _batch_breaches(recipe: AnyTraining) -> list[tuple[str, str]]:
     batch = recipe.batch
+    given = None if batch.micro_batch == "auto" else batch.micro_batch
     breaches: list[tuple[str, str]] = []
     if isinstance(recipe, PretrainRecipe) and batch.global_batch < 2:
         breaches.append(("batch.global_batch", "a contrastive loss needs 2 images at least"))
     elif not isinstance(recipe, PretrainRecipe | LinearRecipe) and 1 in (
         batch.global_batch,
-        batch.micro_batch,
+        given,
     ):
         breaches.append(("batch", "batch norm needs 2 images in every forward pass at least"))
     if batch.update == "accumulated" and isinstance(recipe, PretrainRecipe):
-        micro = batch.micro_batch or max(batch.global_batch // 2, 1)
+        micro = max(batch.global_batch // 2, 1) if given is None else given
         breaches.append(
             (
                 "batch.update",
@@ -136,15 +166,17 @@ def _batch_breaches(recipe: AnyTraining) -> list[tuple[str, str]]:
                 "the whole batch",
             )
         )
-    if batch.micro_batch is not None and batch.micro_batch > batch.global_batch:
-        breaches.append(
-            ("batch.micro_batch", f"{batch.micro_batch} is larger than the global batch")
-        )
-    elif batch.micro_batch is not None and batch.global_batch % batch.micro_batch:
+    if batch.batch_norm == "two_pass" and (
+        batch.update in ("accumulated", "cached") or batch.micro_batch == "auto"
+    ):
+        breaches.append(("batch.batch_norm", _NO_TWO_PASSES))
+    if given is not None and given > batch.global_batch:
+        breaches.append(("batch.micro_batch", f"{given} is larger than the global batch"))
+    elif given is not None and batch.global_batch % given:
         breaches.append(
             (
                 "batch.micro_batch",
-                f"global_batch {batch.global_batch} is not a multiple of {batch.micro_batch}",
+                f"global_batch {batch.global_batch} is not a multiple of {given}",
             )
         )
     elif batch.update == "direct" and batch.micro_batch not in (None, batch.global_batch):
@@ -152,43 +184,70 @@ def _batch_breaches(recipe: AnyTraining) -> list[tuple[str, str]]:
     return breaches
 
 
-def share_batch(recipe: AnyTraining, *, world_size: int = 1) -> BatchShares:
+def share_batch(
+    recipe: AnyTraining, *, world_size: int = 1, micro_batch: int | None = None
+) -> BatchShares:
     """Spread the images of one update over ranks and forward passes.
+
+    Args:
+        recipe: the stage.
+        world_size: number of ranks.
+        micro_batch: images per forward pass that were found to fit, where the recipe says auto;
+            None plans for the rank's whole share there.
 
     Raises:
         RecipeError: the numbers do not fit together; the message names the key.
     """
     for key, message in rule_breaches(recipe):
         raise RecipeError(f"{key}: {message}")
-    batch = recipe.batch
+    batch, group = recipe.batch, recipe.parallel.sync_group_size
     if batch.global_batch % world_size:
         near = max(1, round(batch.global_batch / world_size)) * world_size
         raise RecipeError(
             f"batch.global_batch: {batch.global_batch} is not a multiple of {world_size} ranks; "
             f"nearest is {near}"
         )
-    rank_batch = batch.global_batch // world_size
-    micro_batch = min(batch.micro_batch or rank_batch, rank_batch)
-    if rank_batch % micro_batch:
+    if group is not None and world_size % group:
+        fits = next(n for n in range(min(group, world_size), 0, -1) if world_size % n == 0)
         raise RecipeError(
-            f"batch.micro_batch: {rank_batch} images per rank are not a multiple of {micro_batch}"
+            f"parallel.sync_group_size: {world_size} ranks do not make groups of {group}; "
+            f"parallel.sync_group_size={fits} does"
         )
-    update = _choose_update(recipe, whole=micro_batch == rank_batch)
-    return BatchShares(rank_batch, micro_batch, update)
+    rank_batch = batch.global_batch // world_size
+    wanted = micro_batch if batch.micro_batch == "auto" else batch.micro_batch
+    taken = rank_batch if wanted is None else min(wanted, rank_batch)
+    if rank_batch % taken:
+        raise RecipeError(
+            f"batch.micro_batch: {rank_batch} images per rank are not a multiple of {taken}"
+        )
+    update = _choose_update(recipe, whole=taken == rank_batch)
+    if batch.batch_norm == "two_pass":
+        if update != "direct":
+            raise RecipeError(f"batch.batch_norm: {_NO_TWO_PASSES}")
+        if group not in (None, world_size):
+            raise RecipeError(
+                "batch.batch_norm: two_pass takes the images of all ranks; drop "
+                "parallel.sync_group_size"
+            )
+    return BatchShares(rank_batch, taken, update)
 
 
-def make_plan(recipe: AnyTraining, *, examples: int, world_size: int = 1) -> Plan:
+def make_plan(
+    recipe: AnyTraining, *, examples: int, world_size: int = 1, micro_batch: int | None = None
+) -> Plan:
     """Derive the plan of a training stage.
 
     Args:
         recipe: the stage.
         examples: number of training images the stage walks through.
         world_size: number of ranks.
+        micro_batch: as in `share_batch`.
 
     Raises:
         RecipeError: the numbers do not fit together; the message names the key.
     """
-    shares, batch = share_batch(recipe, world_size=world_size), recipe.batch
+    shares = share_batch(recipe, world_size=world_size, micro_batch=micro_batch)
+    batch = recipe.batch
     contrastive = recipe if isinstance(recipe, PretrainRecipe) else None
     if contrastive is not None and examples < batch.global_batch:
         raise RecipeError(
@@ -287,8 +346,11 @@ def _negatives(global_batch: int, queue: int) -> int:
 
 def _batch_row(recipe: AnyTraining, world_size: int) -> tuple[str, str]:
     shares = share_batch(recipe, world_size=world_size)
+    pieces = f"micro-batch {shares.micro_batch:,}, update {shares.update}"
+    if recipe.batch.micro_batch == "auto":
+        pieces = f"micro-batch as large as fits, at most {shares.micro_batch:,}"
     return (
         "batch",
         f"{recipe.batch.global_batch:,} = {world_size} rank{'s' * (world_size > 1)} "
-        f"x {shares.rank_batch:,}; micro-batch {shares.micro_batch:,}, update {shares.update}",
+        f"x {shares.rank_batch:,}; {pieces}",
     )
