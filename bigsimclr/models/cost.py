@@ -9,8 +9,13 @@ imported. All counts are exact for the implementation in this package:
   dense layers and batch norms, results of ReLUs, what the pools and selective kernels need, and,
   in 16 bits, the copy of the image. Not counted is what no further view adds to (weights and
   their 16-bit copies, batch statistics), the image itself, and whatever the loss keeps.
+* Where blocks are computed again (`models.memory`), they keep their inputs, and with `selective`
+  their convolutions' results. While the backward pass is in a block, all that the block would have
+  kept is there again, beside the gradient that comes in and the one that is made of it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -19,6 +24,7 @@ from bigsimclr.models.anatomy import (
     DEPTHS,
     EXPANSION,
     GROUP_WIDTHS,
+    Memory,
     scaled,
     selective_width,
     stem_width,
@@ -58,6 +64,9 @@ class Cost:
     head: Part
     classifier: Part
     largest_activation_bytes: int  # of one view, kept or not
+    largest_block_parameters: int  # of the residual block that has most
+    again_bytes: int  # most that computing a block again adds to the kept activations, per view
+    again_flops: int  # of what is computed again for one view, in the backward pass
 
     @property
     def total(self) -> Part:
@@ -71,6 +80,7 @@ def cost(
     image_size: int,  # pixels of the square input's side
     precision: Precision = "fp32",
     frozen: bool = False,
+    memory: Memory = "none",
 ) -> Cost:
     """Count what a network costs.
 
@@ -79,11 +89,12 @@ def cost(
         image_size: pixels of the square input's side.
         precision: of its arithmetic; parameters stay float32.
         frozen: only the classifier is trained, so that nothing else keeps activations.
+        memory: what is computed again in the backward pass instead of kept.
 
     Raises:
         ValueError: the description contradicts itself, as in `build_model`.
     """
-    walk = _Walk(VALUE_BYTES[precision], keeps=not frozen)
+    walk = _Walk(VALUE_BYTES[precision], keeps=not frozen, memory=memory)
     features = _walk_backbone(walk, architecture, image_size, casts=precision != "fp32")
     backbone = walk.take()
     outputs = _walk_head(walk, architecture, features)
@@ -95,9 +106,18 @@ def cost(
     if architecture.classes is not None:
         read = outputs[architecture.from_layer]
         walk.keeps = True  # it is always trained
-        kept = read.kept and not frozen
-        walk.dense(read.width, architecture.classes, kept=kept, has_bias=True)
-    return Cost(backbone, head, walk.take(), walk.largest * walk.value_bytes)
+        walk.dense(read.width, architecture.classes, kept=read.kept and not frozen, has_bias=True)
+    classifier = walk.take()
+    kept = sum(part.activation_bytes for part in (backbone, head, classifier))
+    return Cost(
+        backbone,
+        head,
+        classifier,
+        largest_activation_bytes=walk.largest * walk.value_bytes,
+        largest_block_parameters=walk.largest_block,
+        again_bytes=max(walk.peak - kept, 0),
+        again_flops=walk.again_flops,
+    )
 
 
 @dataclass(frozen=True)
@@ -111,20 +131,43 @@ class _Output:
 class _Walk:
     """Sums on the way through the layers."""
 
-    def __init__(self, value_bytes: int, *, keeps: bool) -> None:
+    def __init__(self, value_bytes: int, *, keeps: bool, memory: Memory) -> None:
         self.value_bytes = value_bytes
         self.keeps = keeps
         self.largest = 0  # values in any one activation
+        self.largest_block = 0  # parameters
+        self.peak = 0  # bytes, while a block is computed again
+        self.again_flops = 0
+        self._memory = memory
         self._parameters = 0
         self._statistics = 0
         self._flops = 0
         self._kept = 0  # bytes
+        self._convolved = 0  # bytes that convolutions made
 
     def take(self) -> Part:
         """Return the sums since the last call."""
         part = Part(self._parameters, self._statistics, self._flops, self._kept)
         self._parameters = self._statistics = self._flops = self._kept = 0
         return part
+
+    @contextmanager
+    def block(self, out_values: int, *, is_last: bool) -> Iterator[None]:
+        """Pass a residual block, whose input is kept by what comes before it in every case."""
+        kept, convolved, flops = self._kept, self._convolved, self._flops
+        parameters = self._parameters
+        yield
+        self.largest_block = max(self.largest_block, self._parameters - parameters)
+        if not self.keeps or self._memory == "none":
+            return
+        out_bytes = out_values * self.value_bytes
+        self.peak = max(self.peak, self._kept + 2 * out_bytes)
+        # Of the last block nobody else keeps the result.
+        self._kept = kept + (0 if is_last else out_bytes)
+        if self._memory == "selective":
+            self._kept += self._convolved - convolved
+        else:
+            self.again_flops += self._flops - flops
 
     def keep(self, values: int, *, bytes_each: int | None = None) -> None:
         """Keep an activation for the backward pass."""
@@ -137,6 +180,7 @@ class _Walk:
         self._parameters += weights
         self._flops += 2 * weights * side * side
         self.largest = max(self.largest, out_width * side * side)
+        self._convolved += out_width * side * side * self.value_bytes
 
     def dense(self, in_width: int, out_width: int, *, kept: bool, has_bias: bool = False) -> None:
         """Pass a dense layer, whose input may be kept by another layer already."""
@@ -180,17 +224,19 @@ def _walk_backbone(walk: _Walk, architecture: Architecture, image_size: int, *, 
         for index in range(blocks):
             stride = 2 if index == 0 and number > 0 else 1
             out_side = _strided(side, stride)
-            if index == 0:
-                if section.selective_kernel:
-                    _walk_shortcut_pool(walk, width, side, stride)
-                walk.convolve(width, out_width, side=out_side)
-                walk.normalise(out_width, side=out_side, rectified=False)
-            if plan.bottleneck:
-                _walk_bottleneck(
-                    walk, width, inner, side, out_side, selective=section.selective_kernel
-                )
-            else:
-                _walk_basic_block(walk, width, inner, out_side)
+            is_last = number == len(plan.blocks) - 1 and index == blocks - 1
+            with walk.block(out_width * out_side * out_side, is_last=is_last):
+                if index == 0:
+                    if section.selective_kernel:
+                        _walk_shortcut_pool(walk, width, side, stride)
+                    walk.convolve(width, out_width, side=out_side)
+                    walk.normalise(out_width, side=out_side, rectified=False)
+                if plan.bottleneck:
+                    _walk_bottleneck(
+                        walk, width, inner, side, out_side, selective=section.selective_kernel
+                    )
+                else:
+                    _walk_basic_block(walk, width, inner, out_side)
             width, side = out_width, out_side
     return width
 

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bigsimclr.models import Architecture, build_model
-from bigsimclr.models.anatomy import DEPTHS
+from bigsimclr.models.anatomy import DEPTHS, Memory
 from bigsimclr.models.cost import Cost, Part, Precision, cost
-from bigsimclr.models.simclr import SimCLR
+from bigsimclr.models.memory import save_memory
+from bigsimclr.models.simclr import Outputs, SimCLR
 from bigsimclr.recipe.sections import HeadSection, ResNetBackbone
+from tests.models.live import Live
 
 WIDTHS = (1.0, 2.0, 0.375, 3.0, 1 / 16)
 SIZES = (32, 65, 224, 37)
@@ -193,6 +195,124 @@ def test_activations_on_a_real_device(
     assert found.total.activation_bytes == activation_bytes(model, size, precision)
 
 
+# --- what is computed again ----------------------------------------------------------------------
+
+
+def pixels(views: int, size: int, device: torch.device) -> Tensor:
+    images = torch.zeros(views, 3, size, size, device=device)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def ends(outputs: Outputs) -> list[object]:
+    """Return what holds the graph, and no result."""
+    results = (outputs.projections[-1], *([] if outputs.logits is None else [outputs.logits]))
+    return [result.grad_fn for result in results]
+
+
+def held_bytes(model: SimCLR, size: int, precision: Precision) -> int:
+    """Measure what one more view adds to all that lives between the two passes."""
+    device, dtype = next(model.parameters()).device, AUTOCAST.get(precision)
+    held = []
+    for views in (2, 3):
+        images = pixels(views, size, device)
+        with (
+            Live([images, *model.parameters(), *model.buffers()]) as live,
+            torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+        ):
+            graph = ends(model(images))
+        held.append(live.now)
+        del graph
+    return held[1] - held[0]
+
+
+@pytest.mark.parametrize("memory", ["none", "selective", "block"])
+@pytest.mark.parametrize(
+    ("depth", "width", "selective_kernel", "stem", "size"),
+    [
+        (10, 1 / 16, False, "cifar", 9),
+        (34, 0.375, True, "imagenet", 65),
+        (50, 0.25, False, "imagenet", 37),
+        (50, 1.0, True, "cifar", 16),
+        (101, 2.0, True, "imagenet", 224),
+    ],
+)
+def test_activations_that_are_kept_all_the_same(
+    depth: int, width: float, selective_kernel: bool, stem: Stem, size: int, memory: Memory
+) -> None:
+    architecture = network(depth, width, selective_kernel, stem)
+    with torch.device("meta"):
+        model = build_model(architecture, seed=0, probe=True).train()
+    save_memory(model, memory)
+    found = cost(architecture, image_size=size, memory=memory)
+    assert found.total.activation_bytes == held_bytes(model, size, "fp32")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("memory", ["selective", "block"])
+def test_activations_of_16_bits_that_are_kept_all_the_same(
+    memory: Memory, precision: Precision
+) -> None:
+    architecture = network(50, 0.25, selective_kernel=True)
+    model = build_model(architecture, seed=0, probe=True).train()
+    save_memory(model, memory)
+    found = cost(architecture, image_size=37, precision=precision, memory=memory)
+    assert found.total.activation_bytes == held_bytes(model, 37, precision)
+
+
+@pytest.mark.parametrize("selective_kernel", [False, True])
+@pytest.mark.parametrize("memory", ["selective", "block"])
+def test_the_peak_while_a_block_is_computed_again(memory: Memory, selective_kernel: bool) -> None:
+    # So wide that what lives between the two passes is least of it.
+    architecture = network(18, 1.0, selective_kernel, classes=None)
+    with torch.device("meta"):
+        model = build_model(architecture, seed=0).train()
+    save_memory(model, memory)
+    images = pixels(64, 224, torch.device("meta"))
+    with Live([images, *model.parameters(), *model.buffers()]) as live:
+        model(images).projections[-1].sum().backward()
+    found = cost(architecture, image_size=224, memory=memory)
+    assert found.again_bytes > 0
+    views = 64 * (found.total.activation_bytes + found.again_bytes)
+    assert 0.95 < live.peak / (views + 4 * found.total.parameters) < 1.02
+
+
+@pytest.mark.parametrize("selective_kernel", [False, True])
+@pytest.mark.parametrize("memory", ["none", "selective", "block"])
+def test_arithmetic_of_what_is_computed_again(memory: Memory, selective_kernel: bool) -> None:
+    architecture = network(50, 0.25, selective_kernel)
+    counted = []
+    for how in ("none", memory):
+        with torch.device("meta"):
+            model = build_model(architecture, seed=0).train()
+        save_memory(model, how)
+        with FlopCounterMode(display=False) as counter:
+            outputs = model(pixels(2, 65, torch.device("meta")))
+            assert outputs.logits is not None
+            (outputs.projections[-1].sum() + outputs.logits.sum()).backward()
+        counted.append(counter.get_total_flops())
+    found = cost(architecture, image_size=65, memory=memory)
+    assert counted[1] - counted[0] == 2 * found.again_flops
+    assert (found.again_flops > 0) == (memory == "block")
+
+
+def test_a_frozen_network_computes_nothing_again() -> None:
+    architecture = network(50)
+    plain = cost(architecture, image_size=64, frozen=True)
+    assert cost(architecture, image_size=64, frozen=True, memory="block") == plain
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "selective_kernel"), [(18, 1.0, False), (50, 0.5, True), (152, 3.0, True)]
+)
+def test_the_largest_block(depth: int, width: float, selective_kernel: bool) -> None:
+    architecture = network(depth, width, selective_kernel)
+    with torch.device("meta"):
+        backbone = build_model(architecture, seed=0).get_submodule("backbone")
+    groups = (backbone.get_submodule(f"layer{number}") for number in (1, 2, 3, 4))
+    largest = max(numbers(block.parameters()) for group in groups for block in group.children())
+    assert cost(architecture, image_size=8).largest_block_parameters == largest
+
+
 @pytest.mark.parametrize(("depth", "width", "selective_kernel", "millions", "giga"), TABLE_1)
 def test_published_sizes(
     depth: int, width: int, selective_kernel: bool, millions: int, giga: float
@@ -211,7 +331,14 @@ def test_the_largest_activation_is_that_of_the_first_group() -> None:
 
 def test_the_total_is_the_sum_of_the_parts() -> None:
     parts = [Part(1, 2, 3, 4), Part(10, 20, 30, 40), Part(100, 200, 300, 400)]
-    assert Cost(*parts, largest_activation_bytes=9).total == Part(111, 222, 333, 444)
+    whole = Cost(
+        *parts,
+        largest_activation_bytes=9,
+        largest_block_parameters=8,
+        again_bytes=7,
+        again_flops=6,
+    )
+    assert whole.total == Part(111, 222, 333, 444)
 
 
 def test_contradictions_are_refused() -> None:
