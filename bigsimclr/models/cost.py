@@ -9,9 +9,9 @@ imported. All counts are exact for the implementation in this package:
   dense layers and batch norms, results of ReLUs, what the pools and selective kernels need, and,
   in 16 bits, the copy of the image. Not counted is what no further view adds to (weights and
   their 16-bit copies, batch statistics), the image itself, and whatever the loss keeps.
-* Where blocks are computed again (`models.memory`), they keep their inputs, and with `selective`
-  their convolutions' results. While the backward pass is in a block, all that the block would have
-  kept is there again, beside the gradient that comes in and the one that is made of it.
+* Where stem and blocks are computed again (`models.memory`), they keep their inputs, and with
+  `selective` their convolutions' results. While the backward pass is in one of them, all that it
+  would have kept is there again, beside a gradient that comes in and one that is made of it.
 """
 
 from collections.abc import Iterator
@@ -65,7 +65,9 @@ class Cost:
     classifier: Part
     largest_activation_bytes: int  # of one view, kept or not
     largest_block_parameters: int  # of the residual block that has most
-    again_bytes: int  # most that computing a block again adds to the kept activations, per view
+    again_bytes: (
+        int  # most that computing stem or block again adds to the kept activations, per view
+    )
     again_flops: int  # of what is computed again for one view, in the backward pass
 
     @property
@@ -144,6 +146,7 @@ class _Walk:
         self._flops = 0
         self._kept = 0  # bytes
         self._convolved = 0  # bytes that convolutions made
+        self._widest = 0  # values in one result of a convolution of this block
 
     def take(self) -> Part:
         """Return the sums since the last call."""
@@ -152,18 +155,22 @@ class _Walk:
         return part
 
     @contextmanager
-    def block(self, out_values: int, *, is_last: bool) -> Iterator[None]:
-        """Pass a residual block, whose input is kept by what comes before it in every case."""
+    def block(self, out_values: int, *, is_last: bool = False) -> Iterator[None]:
+        """Pass the stem or a residual block, whose input is kept in every case.
+
+        Args:
+            out_values: in its result, which the next one keeps.
+            is_last: nobody keeps it.
+        """
         kept, convolved, flops = self._kept, self._convolved, self._flops
         parameters = self._parameters
+        self._widest = 0
         yield
         self.largest_block = max(self.largest_block, self._parameters - parameters)
         if not self.keeps or self._memory == "none":
             return
-        out_bytes = out_values * self.value_bytes
-        self.peak = max(self.peak, self._kept + 2 * out_bytes)
-        # Of the last block nobody else keeps the result.
-        self._kept = kept + (0 if is_last else out_bytes)
+        self.peak = max(self.peak, self._kept + 2 * self._widest * self.value_bytes)
+        self._kept = kept + (0 if is_last else out_values * self.value_bytes)
         if self._memory == "selective":
             self._kept += self._convolved - convolved
         else:
@@ -180,6 +187,7 @@ class _Walk:
         self._parameters += weights
         self._flops += 2 * weights * side * side
         self.largest = max(self.largest, out_width * side * side)
+        self._widest = max(self._widest, out_width * side * side)
         self._convolved += out_width * side * side * self.value_bytes
 
     def dense(self, in_width: int, out_width: int, *, kept: bool, has_bias: bool = False) -> None:
@@ -206,18 +214,13 @@ def _walk_backbone(walk: _Walk, architecture: Architecture, image_size: int, *, 
     """Return the width of the features."""
     section = architecture.backbone
     plan = DEPTHS[section.depth]
-    if casts:
-        walk.keep(_IMAGE_CHANNELS * image_size * image_size)
     width, side = stem_width(section.width), image_size
-    if section.stem == "cifar":
-        walk.convolve(_IMAGE_CHANNELS, width, kernel=3, side=side)
-        walk.normalise(width, side=side)
-    else:
-        side = _strided(side, 2)
-        _walk_imagenet_stem(walk, width, side, pooled=section.selective_kernel)
-        side = _strided(side, 2)
-        walk.keep(width * side * side)
-        walk.keep(width * side * side, bytes_each=_INDEX_BYTES)
+    if section.stem == "imagenet":
+        side = _strided(_strided(side, 2), 2)
+    with walk.block(width * side * side):
+        if casts:
+            walk.keep(_IMAGE_CHANNELS * image_size * image_size)
+        _walk_stem(walk, section.stem, width, image_size, selective=section.selective_kernel)
     for number, (blocks, channels) in enumerate(zip(plan.blocks, GROUP_WIDTHS, strict=True)):
         inner = scaled(channels, section.width)
         out_width = EXPANSION * inner if plan.bottleneck else inner
@@ -245,8 +248,15 @@ def _strided(side: int, stride: int) -> int:
     return -(-side // stride)
 
 
-def _walk_imagenet_stem(walk: _Walk, width: int, side: int, *, pooled: bool) -> None:
-    if pooled:
+def _walk_stem(
+    walk: _Walk, stem: Literal["imagenet", "cifar"], width: int, image_size: int, *, selective: bool
+) -> None:
+    if stem == "cifar":
+        walk.convolve(_IMAGE_CHANNELS, width, kernel=3, side=image_size)
+        walk.normalise(width, side=image_size)
+        return
+    side = _strided(image_size, 2)
+    if selective:
         half = width // 2
         walk.convolve(_IMAGE_CHANNELS, half, kernel=3, side=side)
         walk.normalise(half, side=side)
@@ -256,6 +266,9 @@ def _walk_imagenet_stem(walk: _Walk, width: int, side: int, *, pooled: bool) -> 
     else:
         walk.convolve(_IMAGE_CHANNELS, width, kernel=7, side=side)
     walk.normalise(width, side=side)
+    pooled = _strided(side, 2)
+    walk.keep(width * pooled * pooled)
+    walk.keep(width * pooled * pooled, bytes_each=_INDEX_BYTES)
 
 
 def _walk_shortcut_pool(walk: _Walk, width: int, side: int, stride: int) -> None:

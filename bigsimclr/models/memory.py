@@ -23,7 +23,7 @@ from bigsimclr.models.norm import BatchNorm, Note
 
 
 class Recomputed(nn.Module):
-    """A part of a network that may be computed twice; it must draw no random numbers.
+    """A module that may compute a part of its work twice; the part must draw no random numbers.
 
     The lever is an attribute and no module around this one, so that parameters keep their names.
     """
@@ -32,37 +32,38 @@ class Recomputed(nn.Module):
 
     def compute(
         self,
-        inputs: Tensor,  # [N, C, H, W], not changed in place
+        part: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        *,
+        norms_in: Sequence[nn.Module],
     ) -> Tensor:  # [N, C', H', W']
-        """Do what `forward` does, keeping everything."""
-        raise NotImplementedError
+        """Compute a part, and while training keep no more of it than the lever wants.
 
-    @override
-    def forward(
-        self,
-        inputs: Tensor,  # [N, C, H, W]
-    ) -> Tensor:  # [N, C', H', W']
-        """Compute, and while training keep no more than the lever wants."""
+        Args:
+            part: what to compute; must not change its input.
+            inputs: [N, C, H, W], kept where anything is computed again.
+            norms_in: modules that hold all batch norms of the part.
+        """
         if self.memory == "none" or not (self.training and torch.is_grad_enabled()):
-            return self.compute(inputs)
+            return part(inputs)
         outputs: Tensor = checkpoint(
-            self.compute,
+            part,
             inputs,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=partial(_contexts, self, keeps_convolutions=self.memory == "selective"),
+            context_fn=partial(_contexts, norms_in, keeps_convolutions=self.memory == "selective"),
         )
         return outputs
 
 
 def save_memory(model: nn.Module, how: Memory) -> None:
-    """Choose what the residual blocks of `model` keep for the backward pass.
+    """Choose what the stem and the residual blocks of `model` keep for the backward pass.
 
     Args:
         model: any network; names and values of its parameters do not change.
-        how: none keeps everything. selective keeps blocks' inputs and the results of their
-            convolutions, and computes batch norm, ReLU, pooling and the selective kernels' mixing
-            again: no matrix product is done twice. block keeps blocks' inputs alone, for about a
+        how: none keeps everything. selective keeps the inputs of stem and blocks and the results
+            of their convolutions, and computes batch norm, ReLU, pooling and the selective kernels'
+            mixing again: no matrix product is done twice. block keeps the inputs alone, for about a
             third more arithmetic.
     """
     for module in model.modules():
@@ -73,10 +74,13 @@ def save_memory(model: nn.Module, how: Memory) -> None:
 _Context = AbstractContextManager[object]
 
 
-def _contexts(part: nn.Module, *, keeps_convolutions: bool) -> tuple[_Context, _Context]:
+def _contexts(
+    modules: Sequence[nn.Module], *, keeps_convolutions: bool
+) -> tuple[_Context, _Context]:
     """Return what surrounds the first pass through a part, and what surrounds the second."""
     # One note for each norm and pass: several passes may come before the first backward pass.
-    notes = [(norm, Note()) for norm in part.modules() if isinstance(norm, BatchNorm)]
+    inside = (norm for module in modules for norm in module.modules())
+    notes = [(norm, Note()) for norm in inside if isinstance(norm, BatchNorm)]
     if not keeps_convolutions:
         return _noting(notes), _noting(notes)
     kept: deque[Tensor] = deque()

@@ -113,11 +113,14 @@ class BasicBlock(Recomputed):
         self.bn2 = BatchNorm(width, zero_scale=True)
 
     @override
-    def compute(
+    def forward(
         self,
         inputs: Tensor,  # [N, C, H, W]
     ) -> Tensor:  # [N, width, H / stride, W / stride]
         """Add the residual to the shortcut."""
+        return self.compute(self._add_residual, inputs, norms_in=(self,))
+
+    def _add_residual(self, inputs: Tensor) -> Tensor:
         shortcut = inputs if self.downsample is None else self.downsample(inputs)
         outputs = F.relu(self.bn1(self.conv1(inputs)), inplace=True)
         outputs = self.bn2(self.conv2(outputs))
@@ -165,11 +168,14 @@ class Bottleneck(Recomputed):
         self.bn3 = BatchNorm(out_width, zero_scale=True)
 
     @override
-    def compute(
+    def forward(
         self,
         inputs: Tensor,  # [N, C, H, W]
     ) -> Tensor:  # [N, 4 width, H / stride, W / stride]
         """Add the residual to the shortcut."""
+        return self.compute(self._add_residual, inputs, norms_in=(self,))
+
+    def _add_residual(self, inputs: Tensor) -> Tensor:
         shortcut = inputs if self.downsample is None else self.downsample(inputs)
         outputs = F.relu(self.bn1(self.conv1(inputs)), inplace=True)
         outputs = self.conv2(outputs)
@@ -192,7 +198,7 @@ def _pooled_stem(width: int, generator: torch.Generator) -> nn.Sequential:
     )
 
 
-class ResNet(nn.Module):
+class ResNet(Recomputed):
     """Encode images as the mean of the last group's activations.
 
     Args:
@@ -259,8 +265,12 @@ class ResNet(nn.Module):
         images: Tensor,  # [N, 3, H, W] in [0, 1]
     ) -> Tensor:  # [N, F]
         """Encode images."""
-        hidden = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        hidden = self.compute(self._pass_stem, images, norms_in=(self.conv1, self.bn1))
         for group in (self.layer1, self.layer2, self.layer3, self.layer4):
             hidden = group(hidden)
         features: Tensor = hidden.mean(dim=(2, 3))
         return features
+
+    def _pass_stem(self, images: Tensor) -> Tensor:
+        hidden: Tensor = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        return hidden

@@ -273,7 +273,8 @@ def test_the_peak_while_a_block_is_computed_again(memory: Memory, selective_kern
     found = cost(architecture, image_size=224, memory=memory)
     assert found.again_bytes > 0
     views = 64 * (found.total.activation_bytes + found.again_bytes)
-    assert 0.95 < live.peak / (views + 4 * found.total.parameters) < 1.02
+    # Where the peak is decides how many of the parameters' gradients there are.
+    assert 0.95 * views < live.peak < 1.02 * (views + 4 * found.total.parameters)
 
 
 @pytest.mark.parametrize("selective_kernel", [False, True])
