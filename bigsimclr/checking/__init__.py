@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigsimclr.checking.costs import StageCost, cost_rows, si, stage_cost
+from bigsimclr.checking.gpus import GpuTable, gpu_table
 from bigsimclr.checking.networks import count_classes, stage_network, stored_network
 from bigsimclr.data import build_data, count_examples
 from bigsimclr.errors import DataError, RecipeError
@@ -34,6 +35,13 @@ class CheckedRun:
     rows: tuple[tuple[str, str], ...]  # topic and text
     network: Architecture | None  # None where nothing is trained, or it is not known
     cost: StageCost | None  # as network
+
+    @property
+    def gpus(self) -> GpuTable | None:
+        """Estimate the memory per GPU; None where no cost is known."""
+        if self.network is None or self.cost is None or isinstance(self.recipe, KnnRecipe):
+            return None
+        return gpu_table(self.recipe, self.network, self.cost.teacher)
 
     def as_facts(self) -> dict[str, object]:
         """Return the resolved recipe, the plan and the cost as plain JSON values."""
@@ -100,10 +108,23 @@ def pipeline_text(runs: Sequence[CheckedRun]) -> str:
             if run.cost.total_flops is not None:
                 facts.append(si(run.cost.total_flops, "FLOP"))
         alike.setdefault((step, "; ".join(facts)), []).append(run.path)
-    return "\n".join(
-        f"{paths[0]}{f' (and {len(paths) - 1} more)' if len(paths) > 1 else ''}: {facts}"
-        for (_, facts), paths in alike.items()
+    return "\n".join(f"{_named(paths)}: {facts}" for (_, facts), paths in alike.items())
+
+
+def gpus_text(runs: Sequence[CheckedRun]) -> str:
+    """Write the table of memory per GPU; runs of a pipeline whose tables are equal share one."""
+    alike: dict[str, list[str]] = {}
+    for run in runs:
+        table = run.gpus
+        text = "memory per GPU: not known" if table is None else table.text()
+        alike.setdefault(text, []).append(run.path)
+    return "\n\n".join(
+        f"{_named(paths)}:\n{text}" if paths[0] else text for text, paths in alike.items()
     )
+
+
+def _named(paths: Sequence[str]) -> str:
+    return f"{paths[0]} (and {len(paths) - 1} more)" if len(paths) > 1 else paths[0]
 
 
 def _check(

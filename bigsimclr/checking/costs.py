@@ -1,16 +1,32 @@
-"""What a training stage costs, in numbers and in words."""
+"""What a training stage costs, in numbers and in words.
+
+The memory of one rank is estimated from exact counts:
+
+* Weights, gradients, moments and batch norm's statistics in float32, in every precision: autocast
+  makes 16-bit copies of the weights, counted as all there at once, as at the end of a forward pass.
+  There is no other copy of the weights.
+* What a strategy shards, in even parts. fsdp2 and deepspeed_zero3 gather the largest unit beside
+  that, a residual block or the head: its weights, its gradient, and the weights of the next one.
+* The views of one forward pass: what each keeps until its backward pass, and what computing one
+  block again adds to that (`models.cost`).
+
+On top come images, loss, communication buffers, workspaces and fragmentation.
+"""
 
 from dataclasses import dataclass
 
 from bigsimclr.errors import RecipeError
 from bigsimclr.models import Architecture
-from bigsimclr.models.cost import Cost, Precision, cost
+from bigsimclr.models.anatomy import Memory
+from bigsimclr.models.cost import Cost, cost
 from bigsimclr.recipe.plan import Update, share_batch
 from bigsimclr.recipe.schema import AnyTraining, DistillRecipe, LinearRecipe, PretrainRecipe
 from bigsimclr.recipe.sections import AdamW
+from bigsimclr.recipe.strategies import StrategyName
 
 _FLOAT_BYTES = 4  # weights, gradients, moments and statistics are float32 in every precision
 _COPY_BYTES = 2  # autocast's 16-bit copy of a weight, kept for the backward pass
+_GATHERED_AT_ONCE = 3  # weights and gradient of one unit, and the weights of the next
 _HELD_AT_ONCE = 4  # the largest activations that inference holds at a time; measured: 3.5 to 5
 
 
@@ -25,7 +41,7 @@ class StageCost:
     update_flops: int  # one update on all ranks, with a teacher's or an averaged copy's part
     steps: int | None  # updates of the run; None where they are not known
     state_bytes: int  # per rank: weights, gradients, moments, a teacher or an averaged copy
-    view_bytes: int  # activations of one view, while it is computed or until its backward pass
+    view_bytes: int  # activations of one view, while it is computed or in its backward pass
 
     @property
     def total_flops(self) -> int | None:
@@ -69,24 +85,94 @@ def stage_cost(
         RecipeError: no network of this width exists, or the batch cannot be shared.
     """
     shares = share_batch(recipe, world_size=world_size)
-    precision, size = recipe.parallel.precision, recipe.augment.image_size
-    is_linear = isinstance(recipe, LinearRecipe)
-    own = _cost(network, size, precision, frozen=is_linear)
-    taught_by = None if teacher is None else _cost(teacher, size, precision, frozen=True)
+    own = network_cost(recipe, network, recipe.parallel.memory)
+    taught_by = None
+    if teacher is not None:
+        precision, size = recipe.parallel.precision, recipe.augment.image_size
+        taught_by = cost(teacher, image_size=size, precision=precision, frozen=True)
     image_flops = _image_flops(recipe, own, taught_by, is_cached=shares.update == "cached")
-    view_bytes = own.total.activation_bytes
-    if is_linear:
-        view_bytes += _HELD_AT_ONCE * own.largest_activation_bytes
     return StageCost(
         network=own,
         teacher=taught_by,
         update=shares.update,
-        views=shares.micro_batch * (2 if isinstance(recipe, PretrainRecipe) else 1),
+        views=shares.micro_batch * views_of(recipe),
         update_flops=recipe.batch.global_batch * image_flops,
         steps=steps,
-        state_bytes=_state_bytes(recipe, own, taught_by),
-        view_bytes=view_bytes,
+        state_bytes=state_bytes(
+            recipe, own, taught_by, strategy=recipe.parallel.strategy, world_size=world_size
+        ),
+        view_bytes=view_bytes(recipe, own),
     )
+
+
+def network_cost(recipe: AnyTraining, network: Architecture, memory: Memory) -> Cost:
+    """Count what the network of a stage costs, with one way to save memory.
+
+    Raises:
+        RecipeError: no network of this width exists.
+    """
+    try:
+        return cost(
+            network,
+            image_size=recipe.augment.image_size,
+            precision=recipe.parallel.precision,
+            frozen=isinstance(recipe, LinearRecipe),
+            memory=memory,
+        )
+    except ValueError as error:
+        raise RecipeError(f"backbone: {error}") from None
+
+
+def views_of(recipe: AnyTraining) -> int:
+    """Count the views that a stage makes of one image."""
+    return 2 if isinstance(recipe, PretrainRecipe) else 1
+
+
+def view_bytes(recipe: AnyTraining, own: Cost) -> int:
+    """Estimate the activations of one view."""
+    held = own.total.activation_bytes + own.again_bytes
+    if isinstance(recipe, LinearRecipe):
+        held += _HELD_AT_ONCE * own.largest_activation_bytes
+    return held
+
+
+def state_bytes(
+    recipe: AnyTraining,
+    own: Cost,
+    teacher: Cost | None,
+    *,
+    strategy: StrategyName,
+    world_size: int,
+) -> int:
+    """Estimate the memory of one rank that does not grow with the views."""
+    whole, parallel = own.total, recipe.parallel
+    trained = own.classifier if isinstance(recipe, LinearRecipe) else whole
+    weights, gradients = whole.parameters, trained.parameters
+    moments = (2 if isinstance(recipe.optimizer, AdamW) else 1) * trained.parameters
+    floats = whole.statistics
+    if strategy in ("fsdp2", "deepspeed_zero3"):
+        unit = max(own.largest_block_parameters, own.head.parameters)
+        stays = strategy == "fsdp2" and not parallel.reshard
+        floats += weights + unit if stays else _GATHERED_AT_ONCE * unit
+        weights = _share(weights, world_size)
+    if strategy in ("fsdp2", "deepspeed_zero3", "deepspeed_zero2"):
+        gradients = _share(gradients, world_size)
+    if strategy.startswith("deepspeed_") and parallel.offload:
+        moments = 0
+    elif strategy != "ddp":
+        moments = _share(moments, world_size)
+    floats += weights + gradients + moments
+    if isinstance(recipe, PretrainRecipe) and recipe.loss.queue is not None:
+        floats += whole.parameters + whole.statistics
+        floats += recipe.loss.queue.length * recipe.head.output_width
+    if teacher is not None:
+        floats += teacher.total.parameters + teacher.total.statistics
+    copies = 0 if parallel.precision == "fp32" else _COPY_BYTES * trained.parameters
+    return _FLOAT_BYTES * floats + copies
+
+
+def _share(numbers: int, world_size: int) -> int:
+    return -(-numbers // world_size)
 
 
 def cost_rows(
@@ -109,40 +195,20 @@ def si(value: float, unit: str = "") -> str:
     return f"{value:.3g} {prefix}{unit}".rstrip()
 
 
-def _cost(network: Architecture, size: int, precision: Precision, *, frozen: bool) -> Cost:
-    try:
-        return cost(network, image_size=size, precision=precision, frozen=frozen)
-    except ValueError as error:
-        raise RecipeError(f"backbone: {error}") from None
-
-
 def _image_flops(recipe: AnyTraining, own: Cost, teacher: Cost | None, *, is_cached: bool) -> int:
     """Count the FLOPs of one image in one update; a backward pass counts as two forward ones."""
     forward = own.total.flops
-    passes = 3 + is_cached
+    # Gradient caching passes forward twice; blocks may be passed again in the backward pass.
+    update = (3 + is_cached) * forward + own.again_flops
     match recipe:
         case LinearRecipe():
             return forward + 2 * own.classifier.flops
         case PretrainRecipe():
             # The queue takes what the averaged copy makes of the second view.
-            return 2 * passes * forward + (forward if recipe.loss.queue is not None else 0)
+            return 2 * update + (forward if recipe.loss.queue is not None else 0)
         case _:
             taught = 0 if teacher is None else (1 + is_cached) * teacher.total.flops
-            return passes * forward + taught
-
-
-def _state_bytes(recipe: AnyTraining, own: Cost, teacher: Cost | None) -> int:
-    whole = own.total
-    trained = own.classifier if isinstance(recipe, LinearRecipe) else whole
-    moments = 2 if isinstance(recipe.optimizer, AdamW) else 1
-    floats = whole.parameters + whole.statistics + (1 + moments) * trained.parameters
-    if isinstance(recipe, PretrainRecipe) and recipe.loss.queue is not None:
-        floats += whole.parameters + whole.statistics
-        floats += recipe.loss.queue.length * recipe.head.output_width
-    if teacher is not None:
-        floats += teacher.total.parameters + teacher.total.statistics
-    copies = 0 if recipe.parallel.precision == "fp32" else _COPY_BYTES * trained.parameters
-    return _FLOAT_BYTES * floats + copies
+            return update + taught
 
 
 def _parameters_text(network: Cost, *, lacks_classifier: bool) -> str:
@@ -174,6 +240,8 @@ def _compute_text(recipe: AnyTraining, found: StageCost) -> str:
         how += ", and the teacher's forward pass" if known else ", without the unknown teacher"
     if isinstance(recipe, PretrainRecipe) and recipe.loss.queue is not None:
         how += ", and the averaged copy's forward pass"
+    if found.network.again_flops:
+        how += ", and the blocks' forward pass again"
     text = (
         f"{si(found.network.total.flops, 'FLOP')} forward per view, {how}: "
         f"{si(found.update_flops, 'FLOP')} per update"
@@ -183,9 +251,13 @@ def _compute_text(recipe: AnyTraining, found: StageCost) -> str:
 
 def _memory_text(recipe: AnyTraining, found: StageCost) -> str:
     kept = "held while a view passes" if isinstance(recipe, LinearRecipe) else "kept per view"
+    if found.network.again_bytes:
+        kept = "kept per view or made again"
+    strategy = recipe.parallel.strategy
+    under = "" if strategy == "ddp" else f" under {strategy}"
     return (
         f"activations {si(found.view_bytes, 'B')} {kept}; about {si(found.memory_bytes, 'B')} per "
-        f"rank: {si(found.state_bytes, 'B')} weights, gradients, moments + "
+        f"rank: {si(found.state_bytes, 'B')} weights, gradients, moments{under} + "
         f"{si(found.views * found.view_bytes, 'B')} for {found.views:,} views; images, loss and "
         "workspaces come on top"
     )

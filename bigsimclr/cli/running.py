@@ -64,21 +64,28 @@ def check(
             metavar="N", min=1, help="Training images to plan for where the data are not here."
         ),
     ] = None,
+    gpus: Annotated[
+        bool, typer.Option("--gpus", help="Add the memory per GPU of every strategy.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print all defaults and what the recipe means here.
 
     Nothing is started. For a pipeline, one line for each run; with --json every run's defaults.
     """
-    from bigsimclr.checking import check_recipe, pipeline_text, stage_text
+    from bigsimclr.checking import check_recipe, gpus_text, pipeline_text, stage_text
 
     runs = check_recipe(recipe, overrides or [], world_size=world_size, examples=examples)
     if as_json:
-        print(json.dumps([run.as_facts() for run in runs], indent=2))
-    elif runs[0].path:
-        print(pipeline_text(runs))
-    else:
-        print(stage_text(runs[0]))
+        facts = [run.as_facts() for run in runs]
+        if gpus:
+            for fact, run in zip(facts, runs, strict=True):
+                fact["gpus"] = None if (table := run.gpus) is None else table.as_facts()
+        print(json.dumps(facts, indent=2))
+        return
+    print(pipeline_text(runs) if runs[0].path else stage_text(runs[0]))
+    if gpus:
+        print(f"\n{gpus_text(runs)}")
 
 
 def report(run_directory: RunArgument) -> None:
