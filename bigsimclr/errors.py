@@ -39,6 +39,12 @@ class NumericsError(BigSimCLRError, ArithmeticError):
     exit_code = 5
 
 
+class DistributedError(BigSimCLRError):
+    """A rank was lost, hangs, or differs from the others."""
+
+    exit_code = 6
+
+
 class StorageError(BigSimCLRError, OSError):
     """The run directory cannot be written, or another process is writing it."""
 

@@ -10,7 +10,7 @@ from bigsimclr.cli.command import Command
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 unexpected, 2 usage or recipe, 3 data, 4 checkpoint, 5 numerics, "
-    "7 storage, 75 stopped on request: the same command continues, "
+    "6 a rank lost or hanging, 7 storage, 75 stopped on request: the same command continues, "
     "130 interrupted."
 )
 

@@ -65,7 +65,8 @@ def test_parts_of_torch_that_move_have_one_door(name: str) -> None:
     used = imported(tree) | {dotted(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     for part, door in OPTIONAL_PARTS.items():
         if any(module == part or module.startswith(f"{part}.") for module in used):
-            assert name == door or (part == "torch.distributed" and name.startswith("parallel/"))
+            apart = part == "torch.distributed" and name.startswith(("parallel/", "launch/"))
+            assert name == door or apart
 
 
 @pytest.mark.parametrize("name", sources())
