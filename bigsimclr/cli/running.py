@@ -11,9 +11,14 @@ from bigsimclr.cli.command import OverridesArgument, RecipeArgument, RunArgument
 
 
 def run(
+    context: typer.Context,
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     *,
+    ranks: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Processes on this machine; each GPU takes one."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="RUN", help="Run directory; default: runs/RECIPE."),
@@ -37,6 +42,14 @@ def run(
     source = find_recipe(recipe)
     changes = overrides or []
     loaded = load_recipe(source, () if is_pipeline(source) else changes)
+    words = ["run", recipe, *changes, *([] if ranks is None else ["--ranks", str(ranks)])]
+    if ranks is not None and ranks > 1:
+        from bigsimclr.launch.local import is_rank, run_ranks
+
+        if not is_rank():
+            place = [] if out is None else ["--out", str(out)]
+            options = ["--quiet"] * quiet + ["--debug"] * context.find_root().params["debug"]
+            raise typer.Exit(run_ranks(ranks, [*words, *place, *options]))
 
     from bigsimclr.stages import run_recipe
 
@@ -47,7 +60,7 @@ def run(
         show=not quiet,
         source=source,
         overrides=parse_overrides(changes) if is_pipeline(source) else None,
-        command=shlex.join(["bigsimclr", "run", recipe, *changes]),
+        command=shlex.join(["bigsimclr", *words]),
     )
 
 
