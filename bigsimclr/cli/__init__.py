@@ -5,7 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bigsimclr.cli import networks, reading, running
+from bigsimclr.cli import doctor, networks, reading, running
 from bigsimclr.cli.command import Command
 
 _EXIT_CODES = (
@@ -32,6 +32,7 @@ for _command in (
     running.run,
     running.check,
     running.report,
+    doctor.doctor,
     reading.explain,
     reading.schema,
     networks.embed,
