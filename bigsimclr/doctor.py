@@ -111,10 +111,11 @@ def _extras() -> list[tuple[str, str]]:
             missing.append(extra)
         else:
             found.append(f"{extra} ({', '.join(f'{name} {v}' for name, v in versions)})")
-    return [
-        ("extras", ", ".join(found) or "none"),
-        ("not installed", f"{', '.join(missing) or 'none'}; pip install 'bigsimclr[EXTRA]'"),
-    ]
+    facts = [("extras", ", ".join(found) or "none")]
+    if missing:
+        command = f"pip install 'bigsimclr[{missing[0]}]'"
+        facts.append(("not installed", f"{', '.join(missing)}; for instance: {command}"))
+    return facts
 
 
 def _version(distribution: str) -> str | None:
