@@ -48,7 +48,7 @@ loss: {{kind: nt_xent, temperature: 0.5{queue}}}
 optimizer: {{kind: lars, learning_rate: 0.1}}
 schedule: {{steps: {steps}, warmup_epochs: 0.2}}
 batch: {{global_batch: {batch}}}
-parallel: {{kind: single, device: cpu, cpu_threads: 1}}
+parallel: {{device: cpu, cpu_threads: 1}}
 checkpoint: {{every_steps: {every}, keep: 2}}
 log: {{every_steps: 1}}
 """

@@ -45,6 +45,14 @@ class DistributedError(BigSimCLRError):
     exit_code = 6
 
 
+class Elsewhere(BigSimCLRError):  # noqa: N818 - an error of another rank
+    """The first rank tells of an error; this one ends with the same exit code, and no word."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"the first rank tells of an error with exit code {exit_code}")
+        self.exit_code = exit_code  # type: ignore[misc] # the told error's, not this class's
+
+
 class StorageError(BigSimCLRError, OSError):
     """The run directory cannot be written, or another process is writing it."""
 
@@ -55,3 +63,11 @@ class Stopped(BigSimCLRError):  # noqa: N818 - a request, not a fault
     """The run was asked to stop, has saved its state, and continues with the same command."""
 
     exit_code = 75
+
+
+def error_of(exit_code: int, message: str) -> BigSimCLRError:
+    """Make an error again that another process met, from its exit code."""
+    for kind in (RecipeError, DataError, CheckpointError, NumericsError, DistributedError):
+        if kind.exit_code == exit_code:
+            return kind(message)
+    return StorageError(message) if exit_code == StorageError.exit_code else BigSimCLRError(message)

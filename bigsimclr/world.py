@@ -7,7 +7,10 @@ Shapes: W processes.
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Final, Literal
 
 import torch
@@ -15,9 +18,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
+from torch.distributed import (  # type: ignore[attr-defined] # public, though not declared so
+    PrefixStore,
+    Store,
+    rendezvous,
+)
 from typing_extensions import override
 
-from bigsimclr.errors import RecipeError
+from bigsimclr.errors import (
+    BigSimCLRError,
+    DistributedError,
+    Elsewhere,
+    RecipeError,
+    error_of,
+)
 
 try:
     from torch.distributed import all_gather_single
@@ -34,6 +48,12 @@ class World:
     rank: int  # number of this process, from 0
     size: int  # number of processes, W
     device: torch.device
+    group: dist.ProcessGroup | None = None  # of a part of the processes; None: all of them
+    store: Store | None = None  # small facts that a process tells outside of collectives
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "World":
+        # Copies of a module speak to the same processes.
+        return self
 
     def gather(
         self,
@@ -44,7 +64,7 @@ class World:
         if self.size == 1:
             return own[None]
         everyone = own.new_empty(self.size, *own.shape)
-        all_gather_single(everyone.view(-1), own.view(-1))
+        all_gather_single(everyone.view(-1), own.view(-1), group=self.group)
         return everyone
 
     def gather_rows(
@@ -73,18 +93,110 @@ class World:
         tensor: Tensor,  # [...], overwritten
     ) -> "Sum":
         """Begin to add every rank's tensor, while this rank goes on."""
-        return Sum(tensor, dist.all_reduce(tensor, async_op=True) if self.size > 1 else None)
+        return Sum(
+            tensor,
+            dist.all_reduce(tensor, group=self.group, async_op=True) if self.size > 1 else None,
+        )
 
     @torch.no_grad()
-    def copy_from_first(
+    def copy_from(
         self,
-        tensor: Tensor,  # [...], overwritten on all ranks but the first
+        rank: int,
+        tensor: Tensor,  # [...], overwritten on all ranks but this one
     ) -> None:
-        """Give every rank what the first one has."""
+        """Give every rank what one of them has."""
         if self.size > 1:
             own = tensor.contiguous()
-            dist.broadcast(own, src=0)
+            dist.broadcast(own, group_src=rank, group=self.group)
             tensor.copy_(own)
+
+    def numbers(self, own: int) -> list[int]:
+        """Collect a whole number of every rank, through the host: no device is waited for."""
+        found: list[int] = self.gather(torch.tensor(own)).tolist()
+        return found
+
+    def texts(self, own: str) -> list[str]:
+        """Collect a text of every rank, through the host."""
+        content = own.encode()
+        lengths = self.numbers(len(content))
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+        rows = self.gather(padded)
+        return [
+            bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)
+        ]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run what may fail on some ranks only, without collectives; then all of them fail.
+
+        Raises:
+            BigSimCLRError: on the first rank, what the lowest failing rank met.
+            Elsewhere: on all others.
+        """
+        if self.size == 1:
+            yield
+            return
+        met: BigSimCLRError | None = None
+        try:
+            yield
+        except BigSimCLRError as error:
+            met = error
+        codes = self.numbers(0 if met is None else met.exit_code)
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is None:
+            return
+        message = self.texts("" if met is None else str(met))[failed]
+        if self.rank:
+            raise Elsewhere(codes[failed]) from met
+        if met is not None:
+            raise met
+        raise error_of(codes[failed], f"rank {failed}: {message}")
+
+    @staticmethod
+    def is_loss(error: RuntimeError) -> bool:
+        """Say whether a collective failed because another rank is gone."""
+        return isinstance(error, dist.DistError) or any(
+            word in str(error) for word in ("onnection closed by peer", "onnection reset", "Gloo")
+        )
+
+    def check_same(self, what: str, own: str) -> None:
+        """Refuse to go on where ranks differ.
+
+        Args:
+            what: names the fact in the error.
+            own: this rank's.
+
+        Raises:
+            DistributedError: on the first rank; it names the first that differs from it.
+            Elsewhere: on all others.
+        """
+        texts = self.texts(own)
+        differs = next((rank for rank, text in enumerate(texts) if text != texts[0]), None)
+        if differs is None:
+            return
+        if self.rank:
+            raise Elsewhere(DistributedError.exit_code)
+        raise DistributedError(
+            f"ranks disagree on the {what}: rank 0 has {texts[0]}, rank {differs} has "
+            f"{texts[differs]}; start all of them from the same files and versions"
+        )
+
+    def neighbours(self, size: int | None) -> "World":
+        """Return the group of `size` consecutive ranks that this one belongs to; None: all ranks.
+
+        Every rank must call it; the world's size is a multiple of `size`.
+        """
+        if size is None or size == self.size:
+            return self
+        if size == 1:
+            return replace(ALONE, device=self.device)
+        own: dist.ProcessGroup | None = None
+        for first in range(0, self.size, size):
+            group = dist.new_group(list(range(first, first + size)))
+            if first <= self.rank < first + size:
+                own = group
+        return World(self.rank % size, size, self.device, own, self.store)
 
 
 @dataclass(frozen=True)
@@ -119,25 +231,86 @@ class _GatherRows(Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         world: World = ctx.world  # type: ignore[attr-defined]
         everyone = gradient.contiguous().clone()
-        dist.all_reduce(everyone)
+        dist.all_reduce(everyone, group=world.group)
         return everyone.unflatten(0, (world.size, -1))[world.rank], None
 
 
-def join_world(
+def own_rank() -> int:
+    """Return this process's number among all of the run, before they speak to each other."""
+    return int(os.environ.get("RANK", "0"))  # noqa: TID251 - allowed here
+
+
+@contextmanager
+def join_world(wait_seconds: float = 120.0) -> Iterator[World]:
+    """Meet the other processes of the run, which were started as torchrun or Slurm starts them.
+
+    Without the variables RANK and WORLD_SIZE, or with a WORLD_SIZE of 1, this process is alone.
+
+    Args:
+        wait_seconds: how long to wait for the others.
+
+    Yields:
+        The world, on the host; `use_device` gives it a device.
+
+    Raises:
+        DistributedError: some did not come; the message names them.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))  # noqa: TID251 - allowed here
+    if size == 1:
+        yield ALONE
+        return
+    rank = own_rank()
+    wait = timedelta(seconds=wait_seconds)
+    try:
+        store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=wait))
+    except (ValueError, dist.DistError) as error:
+        raise DistributedError(f"rank {rank} finds no meeting point: {error}") from error
+    _wait_for_all(store, rank, size, wait)
+    # Host and device collectives in one group; the watchdog, not this timeout, ends a hang.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("ranks", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(days=1),
+    )
+    try:
+        yield World(rank, size, torch.device("cpu"), store=store)
+    finally:
+        dist.destroy_process_group()
+
+
+def _wait_for_all(store: Store, rank: int, size: int, wait: timedelta) -> None:
+    keys = [f"here/{number}" for number in range(size)]
+    store.set(keys[rank], "1")
+    try:
+        store.wait(keys, wait)
+    except dist.DistStoreError as error:
+        absent = [str(number) for number, key in enumerate(keys) if not store.check([key])]
+        raise DistributedError(
+            f"of {size} ranks, {', '.join(absent)} did not come within {wait.total_seconds():g} s; "
+            "see what they printed"
+        ) from error
+
+
+def use_device(
+    world: World,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     *,
     cpu_threads: int | None = None,
     deterministic: bool = False,
 ) -> World:
-    """Find this process's place and device, and set how the device computes.
+    """Choose this process's device, and set how it computes.
 
     Args:
+        world: this process among the others.
         device: auto takes the GPU where there is one; the log says which was taken.
-        cpu_threads: threads of CPU arithmetic; None leaves one per core.
+        cpu_threads: threads of CPU arithmetic; None leaves what the environment says.
         deterministic: refuse GPU kernels whose result changes from run to run.
 
     Raises:
-        RecipeError: cuda is asked for and there is none.
+        RecipeError: cuda is asked for and there is none, or fewer than ranks of this machine.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("parallel.device: cuda is not available here; use auto or cpu")
@@ -147,10 +320,22 @@ def join_world(
     # The call imports the compiler, four seconds of it, so it is made only to change something.
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
-    if chosen == "cuda":
-        torch.backends.cudnn.benchmark = not deterministic
-        if deterministic:
-            # Without it cuBLAS refuses; it is read at the first matrix product.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # noqa: TID251 - allowed here
-    logger.info("device: %s", chosen)
-    return World(rank=0, size=1, device=torch.device(chosen))
+    if chosen == "cpu":
+        logger.info("device: cpu")
+        return replace(world, device=torch.device("cpu"))
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # Without it cuBLAS refuses; it is read at the first matrix product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # noqa: TID251 - allowed here
+    if world.size == 1:
+        logger.info("device: cuda")
+        return replace(world, device=torch.device("cuda"))
+    number = int(os.environ.get("LOCAL_RANK", str(world.rank)))  # noqa: TID251 - allowed here
+    if number >= torch.cuda.device_count():
+        raise RecipeError(
+            f"rank {world.rank}: this machine has {torch.cuda.device_count()} GPUs, one for each "
+            "rank; start fewer ranks, or use parallel.device=cpu"
+        )
+    torch.cuda.set_device(number)
+    logger.info("device: cuda:%d", number)
+    return replace(world, device=torch.device("cuda", number))

@@ -1,6 +1,6 @@
 """The vocabulary of training: what a stage supplies, and what the one loop needs besides."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,8 +44,19 @@ class Objective(Protocol):
         """Score the rows [V*B,D] of a batch of B images, view-major."""
         ...
 
-    def after_update(self, pieces: Sequence[Batch], make_views: MakeViews) -> None:
-        """Follow an update; the pieces are its micro-batches, in order."""
+    def after_update(
+        self,
+        pieces: Sequence[Batch],
+        make_views: MakeViews,
+        whole: Iterator[Mapping[str, Tensor]],
+    ) -> None:
+        """Follow an update.
+
+        Args:
+            pieces: its micro-batches, in order.
+            make_views: augmentation of a piece.
+            whole: the model's tensors by name, whole, some at a time.
+        """
         ...
 
     def state(self) -> dict[str, dict[str, Tensor]]:

@@ -5,9 +5,11 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from bigsimclr.errors import StorageError
@@ -31,11 +33,15 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
-def hold_run(directory: Path) -> Iterator[None]:
+def hold_run(directory: Path) -> Iterator[Callable[[], None]]:
     """Create a run directory, prove that it can be written, and hold it against other processes.
 
     Args:
         directory: the run directory; its parents are created as well.
+
+    Yields:
+        A fence: call it before anything is published. It raises StorageError when another process
+        has taken the directory over, as it can on a file system without locks.
 
     Raises:
         StorageError: the directory cannot be written, or another process holds it.
@@ -52,11 +58,11 @@ def hold_run(directory: Path) -> Iterator[None]:
     _held.add(descriptor)
     try:
         try:
-            _sign(descriptor)
+            signature = _sign(descriptor)
             _probe(directory)
         except OSError as error:
             raise _unwritable(directory, error) from error
-        yield
+        yield partial(_check_signature, directory, signature)
     finally:
         # A forked child has closed it already; the number may be another file there by now.
         if descriptor in _held:
@@ -83,11 +89,25 @@ def _locked(directory: Path) -> int:
     return descriptor
 
 
-def _sign(descriptor: int) -> None:
-    """Say who holds the lock, for the message that a second process prints."""
-    content = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode() + b"\n"
+def _sign(descriptor: int) -> bytes:
+    """Say who holds the lock, for the message that a second process prints, and for the fence."""
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "nonce": secrets.token_hex(8)}
+    content = json.dumps(holder).encode() + b"\n"
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, content, 0)
+    return content
+
+
+def _check_signature(directory: Path, signature: bytes) -> None:
+    try:
+        found = (directory / ".lock").read_bytes()
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    if found != signature:
+        raise StorageError(
+            f"{directory} was taken over by another process while this one ran; nothing more is "
+            "written by this one"
+        )
 
 
 def _holder(descriptor: int) -> str:

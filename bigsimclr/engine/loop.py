@@ -5,25 +5,26 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torch.optim import Optimizer
+import torch
+from torch import Tensor
 
 from bigsimclr.data.loader import Batch, Loader
 from bigsimclr.engine import Losses, MakeViews, Objective
-from bigsimclr.engine.checkpoint import Checkpoint, save_checkpoint
+from bigsimclr.engine.checkpoint import Checkpoint
+from bigsimclr.engine.liveness import Pulse
+from bigsimclr.engine.saving import Saver, Shares
 from bigsimclr.engine.step import compute_gradients
 from bigsimclr.engine.stop import Interrupted, StopRequest
 from bigsimclr.errors import CheckpointError, NumericsError, Stopped
-from bigsimclr.optim import load_optimizer_state, optimizer_state, set_learning_rate
 from bigsimclr.optim.schedule import warmup_cosine
 from bigsimclr.parallel import Strategy, Update
 from bigsimclr.recipe.plan import Plan
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from bigsimclr.world import World
 
 logger = logging.getLogger(__name__)
+
+SLOW_PHASE = 3.0  # times as long as an update may evaluation or saving go without progress
 
 Report = Callable[[int, int, Mapping[str, float]], None]  # (examples, step, values)
 Evaluate = Callable[[], Mapping[str, float]]
@@ -36,7 +37,6 @@ class Intervals:
     record: int
     checkpoint: int | None
     evaluate: int | None
-    keep: int  # checkpoints
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ class Run:
     loader: Loader
     make_views: MakeViews
     strategy: Strategy
-    optimizer: Optimizer
+    world: World
     evaluate: Evaluate
     intervals: Intervals
-    checkpoints: Path  # the directory that holds them
+    saver: Saver
+    pulse: Pulse
     facts: Mapping[str, object]  # stored in every checkpoint: recipe, data, architecture
 
 
@@ -90,51 +91,61 @@ def train(run: Run, *, resume: Checkpoint | None, stop: StopRequest, report: Rep
         NumericsError: a loss or gradient is not finite; the last checkpoint is intact.
     """
     progress = Progress() if resume is None else _restore(run, resume)
-    plan = run.plan
+    plan, world, saver, pulse = run.plan, run.world, run.saver, run.pulse
     started = time.monotonic() - progress.seconds
-    path = resume.path if resume is not None else None
     window = _Window()
     batches = run.loader.batches(progress.step * plan.global_batch, plan.steps - progress.step)
     while True:
+        last = progress.step == plan.steps
         # Evaluated after the checkpoint of the same step, so that nothing is lost if it fails.
-        if progress.step == plan.steps or _due(progress.step, run.intervals.evaluate):
-            try:
-                progress.values = dict(run.evaluate())
-            except Interrupted:
-                progress.seconds = time.monotonic() - started
-                raise _stopped(stop, progress, plan, _save(run, progress)) from None
-            if progress.values:
-                report(progress.step * plan.global_batch, progress.step, progress.values)
-        if progress.step == plan.steps:
+        if last or _due(progress.step, run.intervals.evaluate):
+            _evaluate(run, progress, started, stop, report)
+        if last:
             break
+        pulse.at("data", progress.step)
+        if stop.agree(world) is not None:
+            raise _stopped(run, progress, started, stop)
         window.begin()
-        batch = next(batches)
+        with world.together():
+            batch = next(batches)
         window.waited()
-        losses, update, rate = _update(run, batch, progress.step, path)
+        pulse.at("update", progress.step)
+        losses, update, rate = _update(run, batch, progress.step, saver.newest)
         progress.step += 1
         last = progress.step == plan.steps
         if last or progress.step % run.intervals.record == 0:
-            progress.losses = _numbers(losses, update) | {"train/learning_rate": rate}
+            progress.losses = _numbers(losses, update, world) | {"train/learning_rate": rate}
             window.end()
             progress.losses |= window.rates(plan.global_batch)
             report(progress.step * plan.global_batch, progress.step, progress.losses)
             window = _Window()
         else:
             window.end()
-        if last or stop.received is not None or _due(progress.step, run.intervals.checkpoint):
-            progress.seconds = time.monotonic() - started
-            path = _save(run, progress)
-            if stop.received is not None and not last:
-                raise _stopped(stop, progress, plan, path)
-    if path is None:
+        if last or _due(progress.step, run.intervals.checkpoint):
+            _begin_save(run, progress, started)
+        if last or all(world.numbers(int(saver.is_written))):
+            _finish_save(run, progress)
+    if saver.newest is None:
         raise AssertionError("a finished run has a checkpoint")
     return Trained(
         examples=progress.step * plan.global_batch,
-        checkpoint=path,
+        checkpoint=saver.newest,
         values=progress.values,
         losses=progress.losses,
         seconds=time.monotonic() - started,
     )
+
+
+def _evaluate(
+    run: Run, progress: Progress, started: float, stop: StopRequest, report: Report
+) -> None:
+    run.pulse.at("evaluate", progress.step, allowance=SLOW_PHASE)
+    try:
+        progress.values = dict(run.evaluate())
+    except Interrupted:
+        raise _stopped(run, progress, started, stop) from None
+    if progress.values:
+        report(progress.step * run.plan.global_batch, progress.step, progress.values)
 
 
 class _Window:
@@ -161,10 +172,13 @@ class _Window:
         }
 
 
-def _stopped(stop: StopRequest, progress: Progress, plan: Plan, path: Path) -> Stopped:
+def _stopped(run: Run, progress: Progress, started: float, stop: StopRequest) -> Stopped:
+    """Save, and say so."""
+    _begin_save(run, progress, started)
+    path = _finish_save(run, progress)
     return Stopped(
-        f"by {stop.received} at step {progress.step} of {plan.steps}; checkpoint {path} is written "
-        "and the same command continues from it"
+        f"by {stop.received} at step {progress.step} of {run.plan.steps}; checkpoint {path} is "
+        "written and the same command continues from it"
     )
 
 
@@ -177,7 +191,7 @@ def _update(run: Run, batch: Batch, step: int, saved: Path | None) -> tuple[Loss
     rate = plan.peak_learning_rate * warmup_cosine(
         step, warmup_steps=plan.warmup_steps, total_steps=plan.steps
     )
-    set_learning_rate(run.optimizer, rate)
+    run.strategy.set_learning_rate(rate)
     try:
         losses = compute_gradients(
             run.objective,
@@ -195,28 +209,45 @@ def _update(run: Run, batch: Batch, step: int, saved: Path | None) -> tuple[Loss
             "parallel.precision=fp32"
         ) from error
     if not update.skipped:
-        run.objective.after_update(batch.split(plan.micro_batch), run.make_views)
+        run.objective.after_update(
+            batch.split(plan.micro_batch), run.make_views, run.strategy.whole()
+        )
     return losses, update, rate
 
 
-def _numbers(losses: Losses, update: Update) -> dict[str, float]:
+def _numbers(losses: Losses, update: Update, world: World) -> dict[str, float]:
+    """Read the values of an update; each rank has those of its images, and the mean counts."""
     tensors: dict[str, Tensor] = {
         "train/loss": losses.total.detach(),
         "train/gradient_norm": update.gradient_norm,
         **losses.metrics,
     }
-    numbers = {name: float(value) for name, value in tensors.items()}
+    own = torch.stack([tensor.to(torch.float64) for tensor in tensors.values()])
+    numbers = dict(zip(tensors, world.gather(own).mean(0).tolist(), strict=True))
     return numbers | ({"train/skipped": 1.0} if update.skipped else {})
 
 
-def _save(run: Run, progress: Progress) -> Path:
-    return save_checkpoint(
-        run.checkpoints,
+def _begin_save(run: Run, progress: Progress, started: float) -> None:
+    run.pulse.at("save", progress.step, allowance=SLOW_PHASE)
+    progress.seconds = time.monotonic() - started
+    shares = Shares(run.world)
+    # What is whole only one after the other must not stay on the device.
+    on_host = run.world.size > 1
+    model = {
+        name: tensor.cpu() if on_host else tensor
+        for piece in run.strategy.whole()
+        for name, tensor in piece.items()
+        if shares.is_kept(name, tensor.nbytes)
+    }
+    run.saver.begin(
         examples=progress.step * run.plan.global_batch,
         tensors={
-            "model": run.objective.model.state_dict(),
-            "optimizer": optimizer_state(run.optimizer),
-            **run.objective.state(),
+            "model": model,
+            "optimizer": run.strategy.optimizer_part(shares.is_kept),
+            **{
+                section: {name: t for name, t in named.items() if shares.is_kept(name, t.nbytes)}
+                for section, named in run.objective.state().items()
+            },
         },
         facts={
             **run.facts,
@@ -225,16 +256,24 @@ def _save(run: Run, progress: Progress) -> Path:
             "losses": progress.losses,
             "strategy": run.strategy.state(),
         },
-        keep=run.intervals.keep,
     )
+
+
+def _finish_save(run: Run, progress: Progress) -> Path | None:
+    run.pulse.at("save", progress.step, allowance=SLOW_PHASE)
+    saver = run.saver
+    path = saver.finish()
+    logger.info("checkpoint %s: training waited %.3f s", path, saver.blocked_seconds)
+    saver.blocked_seconds = 0.0
+    return path
 
 
 def _restore(run: Run, checkpoint: Checkpoint) -> Progress:
     tensors, facts = checkpoint.tensors, checkpoint.facts
-    run.objective.model.load_state_dict(tensors["model"])
-    load_optimizer_state(run.optimizer, tensors["optimizer"])
+    run.strategy.load(tensors["model"], tensors["optimizer"])
     run.objective.restore(tensors)
     run.strategy.restore(_numbers_of(facts["strategy"]))
+    run.saver.newest = checkpoint.path
     logger.info("continuing from %s", checkpoint.path)
     return Progress(
         step=checkpoint.examples // run.plan.global_batch,

@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 
 _MANIFEST_LIMIT = 1 << 20  # bytes; a manifest lists a handful of files
 _CHUNK = 8 << 20  # bytes
-_FILE_NAME = re.compile(r"facts\.json|[a-z][a-z0-9_]{0,63}\.safetensors")
+_FILE_NAME = re.compile(r"facts\.json|[a-z][a-z0-9_]{0,63}(-[0-9]{5}-of-[0-9]{5})?\.safetensors")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Source: arXiv 2006.10029 section 2 (memory from MoCo, arXiv 1911.05722): 64k neg
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Generic, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bigsimclr.errors import CheckpointError
+from bigsimclr.optim.tensors import copy_tensors, tensors_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -34,21 +35,27 @@ class AveragedCopy(Generic[ModuleT]):
         self.model = copy.deepcopy(model).requires_grad_(requires_grad=False)
 
     @torch.no_grad()
-    def update(self, model: ModuleT) -> None:
-        """Move the copy towards the model; call it once after each optimizer update."""
-        own, current = self.state(), _tensors(model)
-        averaged = [name for name, tensor in own.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_(
-            [own[name] for name in averaged],
-            [current[name] for name in averaged],
-            1.0 - self.ema_decay,
-        )
-        for name in own.keys() - set(averaged):
-            own[name].copy_(current[name])
+    def update(self, pieces: Iterable[Mapping[str, Tensor]]) -> None:
+        """Move the copy towards the model; call it once after each optimizer update.
+
+        Args:
+            pieces: the model's parameters and buffers by name, some at a time: where ranks share
+                them, they are whole only one after the other.
+        """
+        own = self.state()
+        for current in pieces:
+            averaged = [name for name in current if own[name].is_floating_point()]
+            torch._foreach_lerp_(
+                [own[name] for name in averaged],
+                [current[name] for name in averaged],
+                1.0 - self.ema_decay,
+            )
+            for name in current.keys() - set(averaged):
+                own[name].copy_(current[name])
 
     def state(self) -> dict[str, Tensor]:
         """Return the copy's own tensors by the model's names."""
-        return _tensors(self.model)
+        return tensors_of(self.model)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy saved tensors into the copy.
@@ -56,7 +63,7 @@ class AveragedCopy(Generic[ModuleT]):
         Raises:
             CheckpointError: If names, shapes or types differ from the copy's.
         """
-        _copy_into(self.state(), tensors, what="averaged copy")
+        copy_tensors(self.state(), tensors, what="averaged copy")
 
 
 class Queue:
@@ -126,33 +133,9 @@ class Queue:
             CheckpointError: If names or shapes differ, or the place is outside of the ring.
         """
         own = self.state()
-        _copy_into(own, tensors, what="queue")
+        copy_tensors(own, tensors, what="queue")
         position, count = int(own["next"]), int(own["count"])
         length = len(self._rows)
         if not (0 <= position < length and 0 <= count <= length):
             raise CheckpointError(f"queue of {length} rows cannot be at {position} with {count}")
         self._next, self._count = position, count
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-@torch.no_grad()
-def _copy_into(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, what: str) -> None:
-    """Copy saved tensors onto existing ones; nothing is changed unless all of them fit."""
-    missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"{what} does not fit this run: {len(missing)} missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}"
-        )
-    for name, tensor in own.items():
-        if saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
-            raise CheckpointError(
-                f"{what}: {name} is {saved[name].dtype} {tuple(saved[name].shape)}, this run "
-                f"needs {tensor.dtype} {tuple(tensor.shape)}"
-            )
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])

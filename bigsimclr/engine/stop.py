@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self, TypeAlias
 
+from bigsimclr.world import World
+
 _Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -46,13 +48,21 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
-    def check(self) -> None:
-        """Leave work that can be done again, if a signal has come.
+    def agree(self, world: World) -> str | None:
+        """Return the signal that came to any rank, and note it: all of them stop together."""
+        own = 0 if self.received is None else signal.Signals[self.received].value
+        first = next((number for number in world.numbers(own) if number), None)
+        if first is not None and self.received is None:
+            self.received = signal.Signals(first).name
+        return None if first is None else signal.Signals(first).name
+
+    def check(self, world: World) -> None:
+        """Leave work that can be done again, if a signal has come to any rank.
 
         Raises:
-            Interrupted: a signal has come.
+            Interrupted: a signal has come; every rank leaves.
         """
-        if self.received is not None:
+        if self.agree(world) is not None:
             raise Interrupted
 
     def _note(self, number: int, _frame: FrameType | None) -> None:

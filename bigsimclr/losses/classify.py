@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bigsimclr.world import ALONE, World
+
 HIDDEN_LABEL = -1
 """Label of an image whose class the stage may not see; any negative label counts as hidden."""
 
@@ -11,8 +13,12 @@ HIDDEN_LABEL = -1
 def cross_entropy(
     logits: Tensor,  # [N, C]
     labels: Tensor,  # int64 [N]; negative: hidden
+    world: World = ALONE,
 ) -> Tensor:
     """Return the mean cross-entropy [] over the images that show their label, 0 if none does.
+
+    Over several ranks the sum of this rank's images is divided by the mean number of labels on a
+    rank: the ranks' mean is that over all images, wherever the labels lie.
 
     Source: google-research/simclr tf2/objective.py (`add_supervised_loss`).
     """
@@ -24,7 +30,18 @@ def cross_entropy(
             ignore_index=HIDDEN_LABEL,
             reduction="sum",
         )
-        return total / shown.sum().clamp_min(1)
+        return total / shown_per_rank(shown, world)
+
+
+def shown_per_rank(
+    shown: Tensor,  # bool [N]
+    world: World,
+) -> Tensor:  # []
+    """Return the mean number of images on a rank that show their label; of none, the least share.
+
+    Not 0, so that a sum over no image can be divided by it.
+    """
+    return world.total(shown.sum()).clamp_min(1) / world.size
 
 
 def distillation(

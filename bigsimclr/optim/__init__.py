@@ -3,20 +3,20 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from bigsimclr.errors import CheckpointError
 from bigsimclr.optim.adamw import TensorFlowAdamW
-from bigsimclr.optim.lars import LARS
+from bigsimclr.optim.lars import LARS, SquaredNorms
 from bigsimclr.optim.schedule import warmup_cosine
+from bigsimclr.optim.tensors import copy_tensors
 from bigsimclr.recipe.sections import AdamW, Lars, OptimizerSection, Sgd
 
 __all__ = [
     "LARS",
     "ParameterKind",
+    "SquaredNorms",
     "build_optimizer",
     "load_optimizer_state",
     "optimizer_state",
@@ -33,8 +33,10 @@ _KERNELS = frozenset({"kernel", "classifier_kernel"})
 def build_optimizer(
     section: OptimizerSection,
     parameters: Mapping[str, Parameter],
+    *,
     kinds: Mapping[str, ParameterKind],
     learning_rate: float,
+    squared_norms: SquaredNorms | None = None,
 ) -> Optimizer:
     """Make the optimizer of a recipe's `optimizer` section.
 
@@ -48,6 +50,7 @@ def build_optimizer(
         parameters: Trained parameters by name.
         kinds: What each parameter is; may name more parameters than are trained.
         learning_rate: Rate after its scaling with the global batch.
+        squared_norms: Sums over the ranks, where the parameters are parts of whole ones.
 
     Returns:
         An optimizer whose groups also list their `names` and whose state is complete from the
@@ -68,6 +71,7 @@ def build_optimizer(
                 learning_rate=learning_rate,
                 momentum=section.momentum,
                 trust_coefficient=section.trust_coefficient,
+                squared_norms=squared_norms,
             )
         case Sgd():
             decayed = _KERNELS | {"bias", "classifier_bias"}
@@ -109,23 +113,7 @@ def load_optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) ->
     Raises:
         CheckpointError: If a tensor is missing, unknown, or of another shape or type.
     """
-    own = optimizer_state(optimizer)
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"optimizer state does not fit this run: {len(missing)} missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}"
-        )
-    for name, tensor in own.items():
-        saved = tensors[name]
-        if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-            raise CheckpointError(
-                f"optimizer state {name} is {saved.dtype} {tuple(saved.shape)}, this run needs "
-                f"{tensor.dtype} {tuple(tensor.shape)}"
-            )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    copy_tensors(optimizer_state(optimizer), tensors, what="optimizer state")
 
 
 def _groups(

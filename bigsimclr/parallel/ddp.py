@@ -6,18 +6,19 @@ a run that is resumed on as many ranks goes on bit by bit. `torch`'s Distributed
 for a forward pass through its wrapper, rearranges its buckets after the first update.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from bigsimclr.models.simclr import SimCLR
-from bigsimclr.parallel import MakeOptimizer, Update
-from bigsimclr.parallel.single import Single
+from bigsimclr.optim.tensors import tensors_of
+from bigsimclr.parallel import Choose, MakeOptimizer, Update
+from bigsimclr.parallel.precision import Precision
+from bigsimclr.parallel.single import Single, trained
 from bigsimclr.world import Sum, World
 
 BUCKET_BYTES = 25 << 20
@@ -53,43 +54,28 @@ class _Bucket:
         self.sum = None
 
 
-class DataParallel:
-    """The strategy of ranks that each hold the whole model.
+class Buckets:
+    """The gradients of a model, averaged over the ranks while the backward pass goes on.
 
     Args:
         world: the ranks.
-        single: precision, loss scale and update; they come out alike on all ranks, which all see
-            the same mean of gradients.
+        parameters: those that take a gradient, in the order of the model.
         bucket_bytes: gradients that travel together.
     """
 
-    def __init__(self, world: World, single: Single, *, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self, world: World, parameters: Sequence[nn.Parameter], *, bucket_bytes: int
+    ) -> None:
         self._world = world
-        self._single = single
-        self._bucket_bytes = bucket_bytes
         self._buckets: list[_Bucket] = []
         self._next = 0  # bucket that is sent next: the same order on every rank
         self._is_last = True
-
-    def prepare(self, model: SimCLR, make_optimizer: MakeOptimizer) -> Optimizer:
-        """Give every rank the first rank's model, make its optimizer and watch its gradients."""
-        optimizer = self._single.prepare(model, make_optimizer)
-        for tensor in (*model.parameters(), *model.buffers()):
-            self._world.copy_from_first(tensor.detach())
-        moving = [p for group in optimizer.param_groups for p in group["params"]]
         # Backward passes make gradients roughly in the opposite order of the parameters.
-        order = {parameter: number for number, parameter in enumerate(model.parameters())}
-        moving.sort(key=order.__getitem__, reverse=True)
-        for parameters in _in_buckets(moving, self._bucket_bytes):
-            bucket = _Bucket(parameters)
-            for parameter in parameters:
+        for bucketed in in_buckets(parameters[::-1], bucket_bytes):
+            bucket = _Bucket(bucketed)
+            for parameter in bucketed:
                 parameter.register_post_accumulate_grad_hook(partial(self._made, bucket))
             self._buckets.append(bucket)
-        return optimizer
-
-    def compute(self) -> AbstractContextManager[None]:
-        """Run forward passes in the recipe's precision."""
-        return self._single.compute()
 
     @contextmanager
     def synchronise(self, *, when: bool) -> Iterator[None]:
@@ -97,32 +83,18 @@ class DataParallel:
         self._is_last = when
         yield
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` to the parameters', and send what is complete."""
+    def begin(self) -> None:
+        """Expect every gradient of a backward pass that is about to begin."""
         if self._is_last:
             self._next = 0
             for bucket in self._buckets:
                 bucket.missing = len(bucket.parameters)
-        self._single.backward(loss)
 
-    def update(self) -> Update:
-        """Wait for the mean of gradients, then step if it is finite.
-
-        Raises:
-            NumericsError: a gradient of some rank is not finite; every rank raises.
-        """
+    def end(self) -> None:
+        """Wait until every gradient is the ranks' mean."""
         self._send(complete_only=False)
         for bucket in self._buckets:
             bucket.receive(self._world)
-        return self._single.update()
-
-    def state(self) -> dict[str, float]:
-        """Return the loss scale, the same on every rank."""
-        return self._single.state()
-
-    def restore(self, state: dict[str, float]) -> None:
-        """Take back the loss scale."""
-        self._single.restore(state)
 
     def _made(self, bucket: _Bucket, _: Tensor) -> None:
         if self._is_last:
@@ -139,13 +111,98 @@ class DataParallel:
             self._next += 1
 
 
+class DataParallel:
+    """The strategy of ranks that each hold the whole model.
+
+    Args:
+        world: the ranks.
+        precision: arithmetic and loss scale; its verdicts come out alike on all ranks, which all
+            see the same mean of gradients.
+        bucket_bytes: gradients that travel together.
+    """
+
+    def __init__(
+        self, world: World, precision: Precision, *, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        self._world = world
+        self._single = Single(precision)
+        self._bucket_bytes = bucket_bytes
+        self._buckets: Buckets | None = None
+
+    @property
+    def _averaged(self) -> Buckets:
+        if self._buckets is None:
+            raise AssertionError("prepare comes first")
+        return self._buckets
+
+    def prepare(self, model: SimCLR, make_optimizer: MakeOptimizer) -> None:
+        """Give every rank the first rank's model, make its optimizer and watch its gradients."""
+        self._single.prepare(model, make_optimizer)
+        copy_from_first(model, self._world)
+        self._buckets = Buckets(
+            self._world, list(trained(model).values()), bucket_bytes=self._bucket_bytes
+        )
+
+    def compute(self) -> AbstractContextManager[None]:
+        """Run forward passes in the recipe's precision."""
+        return self._single.compute()
+
+    def synchronise(self, *, when: bool) -> AbstractContextManager[None]:
+        """Send gradients during the backward pass inside, or keep them for a later one."""
+        return self._averaged.synchronise(when=when)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` to the parameters', and send what is complete."""
+        self._averaged.begin()
+        self._single.backward(loss)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Give the next updates this rate."""
+        self._single.set_learning_rate(learning_rate)
+
+    def update(self) -> Update:
+        """Wait for the mean of gradients, then step if it is finite.
+
+        Raises:
+            NumericsError: a gradient of some rank is not finite; every rank raises.
+        """
+        self._averaged.end()
+        return self._single.update()
+
+    def whole(self) -> Iterator[Mapping[str, Tensor]]:
+        """Yield everything at once."""
+        return self._single.whole()
+
+    def optimizer_part(self, is_kept: Choose) -> dict[str, Tensor]:
+        """Return the tensors of the optimizer state that this rank keeps."""
+        return self._single.optimizer_part(is_kept)
+
+    def load(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Take saved tensors."""
+        self._single.load(model, optimizer)
+
+    def state(self) -> dict[str, float]:
+        """Return the loss scale, the same on every rank."""
+        return self._single.state()
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Take back the loss scale."""
+        self._single.restore(state)
+
+
+def copy_from_first(model: nn.Module, world: World) -> None:
+    """Give every rank the first rank's parameters and buffers."""
+    for tensor in tensors_of(model).values():
+        world.copy_from(0, tensor.detach())
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         raise AssertionError("this parameter has a gradient")
     return parameter.grad
 
 
-def _in_buckets(parameters: Sequence[nn.Parameter], most: int) -> list[list[nn.Parameter]]:
+def in_buckets(parameters: Sequence[nn.Parameter], most: int) -> list[list[nn.Parameter]]:
     """Cut parameters into runs of one type that are about `most` bytes together."""
     buckets: list[list[nn.Parameter]] = []
     held = 0

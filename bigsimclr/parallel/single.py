@@ -1,63 +1,49 @@
-"""One process on one device: autocast, the fp16 loss scale, and the finite check."""
+"""One process on one device."""
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bigsimclr.errors import NumericsError
 from bigsimclr.models.simclr import SimCLR
-from bigsimclr.parallel import MakeOptimizer, Update
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class _Arriving:
-    """A number on its way from the GPU to the host."""
-
-    def __init__(self, number: Tensor) -> None:
-        self._number = torch.empty((), dtype=number.dtype, pin_memory=True)
-        self._number.copy_(number, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def value(self) -> Tensor:
-        """Wait until it is there, which it is when another update has been queued."""
-        self._event.synchronize()
-        return self._number
+from bigsimclr.optim import load_optimizer_state, optimizer_state, set_learning_rate
+from bigsimclr.optim.tensors import copy_tensors, tensors_of
+from bigsimclr.parallel import Choose, MakeOptimizer, Update
+from bigsimclr.parallel.precision import Precision
 
 
 class Single:
-    """The strategy of a single process."""
+    """The strategy of a single process, and of each rank that holds the whole state."""
 
-    def __init__(self, device: torch.device, *, precision: Literal["fp32", "bf16", "fp16"]) -> None:
-        self._device = device
-        self._autocast = AUTOCAST.get(precision)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    def __init__(self, precision: Precision) -> None:
+        self._precision = precision
+        self._model: SimCLR | None = None
         self._optimizer: Optimizer | None = None
-        self._parameters: list[torch.nn.Parameter] = []
-        self._earlier: _Arriving | None = None
 
-    def prepare(self, model: SimCLR, make_optimizer: MakeOptimizer) -> Optimizer:
-        """Move the model to the device and make its optimizer."""
-        model.to(self._device)
-        self._optimizer = make_optimizer(model)
-        self._parameters = [
-            parameter for group in self._optimizer.param_groups for parameter in group["params"]
-        ]
+    @property
+    def model(self) -> SimCLR:
+        """Return the model that was prepared."""
+        if self._model is None:
+            raise AssertionError("prepare comes first")
+        return self._model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Return the optimizer that was made."""
+        if self._optimizer is None:
+            raise AssertionError("prepare comes first")
         return self._optimizer
 
-    @contextmanager
-    def compute(self) -> Iterator[None]:
+    def prepare(self, model: SimCLR, make_optimizer: MakeOptimizer) -> None:
+        """Move the model to the device and make its optimizer."""
+        self._model = model.to(self._precision.device)
+        self._optimizer = make_optimizer(trained(model))
+
+    def compute(self) -> AbstractContextManager[None]:
         """Run forward passes in the recipe's precision."""
-        with torch.autocast(
-            self._device.type, dtype=self._autocast, enabled=self._autocast is not None
-        ):
-            yield
+        return self._precision.compute()
 
     @contextmanager
     def synchronise(self, *, when: bool) -> Iterator[None]:  # noqa: ARG002 - no other rank
@@ -66,50 +52,52 @@ class Single:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, times the fp16 loss scale, to the parameters' gradients."""
-        self._scaler.scale(loss).backward()
+        self._precision.scaled(loss).backward()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Give the next updates this rate."""
+        set_learning_rate(self.optimizer, learning_rate)
 
     def update(self) -> Update:
         """Step the optimizer if every gradient is finite.
 
-        On a GPU the host does not wait for the verdict on an update: it comes with the next one.
-        What it concerns never reaches a checkpoint, which refuses tensors that are not finite.
-
         Raises:
             NumericsError: a gradient is not finite and no fp16 loss scale explains it.
         """
-        if self._optimizer is None:
-            raise AssertionError("prepare comes first")
-        self._scaler.unscale_(self._optimizer)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        parameters = list(trained(self.model).values())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self._precision.unscale(gradients)
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        skipped = self._scaler.is_enabled() and not bool(torch.isfinite(norm))
-        if not self._scaler.is_enabled():
-            self._refuse_non_finite(norm)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        if skipped and self._scaler.get_scale() < 1.0:
-            raise NumericsError("fp16 gradients overflow at any loss scale")
-        self._optimizer.zero_grad(set_to_none=True)
-        return Update(gradient_norm=norm, skipped=skipped)
+        verdict = self._precision.judge(norm)
+        if not verdict.skipped:
+            self.optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        return verdict
 
-    def _refuse_non_finite(self, norm: Tensor) -> None:
-        judged = norm
-        if self._device.type == "cuda":
-            arrived, self._earlier = self._earlier, _Arriving(norm)
-            if arrived is None:
-                return
-            judged = arrived.value()
-        if not math.isfinite(judged.item()):
-            raise NumericsError(f"the gradient norm is {judged.item()}")
+    def whole(self) -> Iterator[Mapping[str, Tensor]]:
+        """Yield everything at once."""
+        yield tensors_of(self.model)
+
+    def optimizer_part(self, is_kept: Choose) -> dict[str, Tensor]:
+        """Return the tensors of the optimizer state that this rank keeps."""
+        own = optimizer_state(self.optimizer)
+        return {name: value for name, value in own.items() if is_kept(name, value.nbytes)}
+
+    def load(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Take saved tensors."""
+        copy_tensors(tensors_of(self.model), model, what="model")
+        load_optimizer_state(self.optimizer, optimizer)
 
     def state(self) -> dict[str, float]:
-        """Return the loss scale and its growth counter; empty without fp16."""
-        return dict(self._scaler.state_dict())
+        """Return the loss scale."""
+        return self._precision.state()
 
     def restore(self, state: dict[str, float]) -> None:
-        """Take back the loss scale, or every restart would replay its search."""
-        if self._scaler.is_enabled():
-            counters = {"growth_interval", "_growth_tracker"}
-            self._scaler.load_state_dict(
-                {name: int(value) if name in counters else value for name, value in state.items()}
-            )
+        """Take back the loss scale."""
+        self._precision.restore(state)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that take a gradient, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

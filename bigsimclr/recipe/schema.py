@@ -27,9 +27,9 @@ from bigsimclr.recipe.sections import (
     ResNetBackbone,
     ScheduleSection,
     Section,
-    SingleProcess,
     UserPath,
 )
+from bigsimclr.recipe.strategies import ParallelSection
 
 
 class StageRecipe(Section):
@@ -41,8 +41,8 @@ class StageRecipe(Section):
     """The images."""
     input: InputSection = InputSection()
     """How images are read."""
-    parallel: SingleProcess = SingleProcess()
-    """Processes, device and precision."""
+    parallel: ParallelSection = ParallelSection()
+    """How ranks share the work, on which device, in which precision."""
 
 
 class TrainingRecipe(StageRecipe):

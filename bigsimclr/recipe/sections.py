@@ -329,27 +329,16 @@ class BatchSection(Section):
 
     global_batch: PositiveInt
     """Images per update over all ranks (paper: 4096; fine-tuning: 1024)."""
-    micro_batch: PositiveInt | None = None
-    """Images per forward pass on one rank; null: the rank's whole share. Loss and
-    gradient stay those of the batch; batch norm sees this many images at a time."""
+    micro_batch: PositiveInt | Literal["auto"] | None = None
+    """Images per forward pass on one rank; null: the rank's whole share; auto: as many as fit, by
+    trying, the same on all ranks. Loss and gradient stay those of the batch; batch norm sees this
+    many images of each rank at a time."""
+    batch_norm: Literal["per_micro_batch", "two_pass"] = "per_micro_batch"
+    """Images whose statistics batch norm takes. two_pass: those of the whole global batch in every
+    case; refused with micro-batches, where `parallel.memory` gives the same for less."""
     update: Literal["auto", "direct", "accumulated", "cached"] = "auto"
     """direct: one pass. accumulated: sums of gradients, exact for losses of single images. cached:
     exact for contrastive losses, one more forward pass. auto: the exact one that fits."""
-
-
-class SingleProcess(Section):
-    """One process on one device."""
-
-    kind: Literal["single"] = "single"
-    """Selects one process."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one, else the CPU; the log says which."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of the network's arithmetic; losses and statistics stay fp32. fp16 scales its loss."""
-    cpu_threads: PositiveInt | None = None
-    """Threads of CPU arithmetic; null: one per core. Another number may change last bits."""
-    deterministic: bool = False
-    """Refuse GPU kernels whose result changes from run to run; slower."""
 
 
 # --- run keeping -----------------------------------------------------------------------------

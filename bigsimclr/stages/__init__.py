@@ -1,9 +1,14 @@
 """Run a recipe, whatever its stage."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bigsimclr.recipe.schema import PipelineRecipe, Recipe
+
+if TYPE_CHECKING:
+    from bigsimclr.world import World
 
 
 def run_recipe(
@@ -17,6 +22,8 @@ def run_recipe(
     command: str | None = None,
 ) -> Path:
     """Run a recipe to its end and write its report; the same call continues an unfinished run.
+
+    In processes that torchrun or `--ranks` started, all of them make this call and share the work.
 
     Args:
         recipe: a stage or a pipeline.
@@ -41,10 +48,11 @@ def run_recipe(
     from bigsimclr.stages.pipeline import run_pipeline
     from bigsimclr.stages.run_directory import add_command
     from bigsimclr.stages.single import run_stage
+    from bigsimclr.world import join_world
 
     directory = out if out is not None else Path("runs") / name.replace("/", "-")
-    progress = show_progress(enabled=show)
-    with StopRequest() as stop:
+    with StopRequest() as stop, join_world() as world, _one_voice(world):
+        progress = show_progress(enabled=show and world.rank == 0)
         if isinstance(recipe, PipelineRecipe):
             runs = plan_pipeline(
                 recipe,
@@ -52,11 +60,35 @@ def run_recipe(
                 overrides=overrides or {},
                 directory=directory,
             )
-            run_pipeline(recipe, runs, directory, command=command, progress=progress, stop=stop)
+            run_pipeline(
+                recipe, runs, directory, command=command, world=world, progress=progress, stop=stop
+            )
         else:
-            run_stage(recipe, directory, progress=progress, stop=stop)
-            if command is not None:
+            run_stage(recipe, directory, world=world, progress=progress, stop=stop)
+            if command is not None and world.rank == 0:
                 add_command(directory, command)
-        report = write_report(directory)
-    progress.note(f"report: {report}")
+        if world.rank == 0:
+            progress.note(f"report: {write_report(directory)}")
     return directory
+
+
+@contextmanager
+def _one_voice(world: "World") -> Iterator[None]:
+    """Let the first rank tell what all ranks meet alike, and say so when one of them is gone."""
+    from bigsimclr.errors import DistributedError, Elsewhere, NumericsError, Stopped
+
+    try:
+        yield
+    except (Stopped, NumericsError) as error:
+        if world.rank:
+            raise Elsewhere(error.exit_code) from error
+        raise
+    except RuntimeError as error:
+        if world.size == 1 or not world.is_loss(error):
+            raise
+        if world.rank:
+            raise Elsewhere(DistributedError.exit_code) from error
+        raise DistributedError(
+            "another rank was lost; the same command continues from the last checkpoint "
+            f"({' '.join(str(error).split())[:120]})"
+        ) from error

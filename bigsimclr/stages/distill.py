@@ -4,7 +4,7 @@ Source: Chen et al. 2020, section 2, equations 2 and 3; google-research/simclr
 colabs/distillation_self_training.ipynb (same augmented image for both, squared temperature).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import DataError, RecipeError
 from bigsimclr.losses.classify import cross_entropy, distillation
 from bigsimclr.models import Architecture, build_model
+from bigsimclr.models.norm import share_batch_norm
 from bigsimclr.models.simclr import SimCLR
 from bigsimclr.recipe.schema import DistillRecipe
 from bigsimclr.report.progress import Progress
@@ -23,18 +24,27 @@ from bigsimclr.stages.evaluate import held_out_accuracy
 from bigsimclr.stages.finetune import classify
 from bigsimclr.stages.inputs import open_inputs
 from bigsimclr.stages.load import load_parent
-from bigsimclr.stages.run_directory import RunDirectory
+from bigsimclr.stages.run_directory import ActiveRun
 from bigsimclr.stages.training import Task, plan_of, run_training
-from bigsimclr.world import World
+from bigsimclr.world import ALONE, World
 
 
 class Distillation:
     """The teacher's probabilities as targets, mixed with labels where the recipe asks for it."""
 
     def __init__(
-        self, model: SimCLR, teacher: SimCLR, *, temperature: float, labelled_weight: float
+        self,
+        model: SimCLR,
+        teacher: SimCLR,
+        *,
+        temperature: float,
+        labelled_weight: float,
+        world: World = ALONE,
+        sync_group_size: int | None = None,  # ranks that share batch norm statistics; None: all
     ) -> None:
+        share_batch_norm(model, world.neighbours(sync_group_size))
         self.model = model.train()
+        self._world = world
         # Labels are averaged over however many a batch holds, so micro-batches cannot be averaged.
         self.separable = labelled_weight == 0
         self._teacher = teacher.eval().requires_grad_(requires_grad=False)
@@ -55,12 +65,17 @@ class Distillation:
         agree = (student.detach().argmax(1) == teacher.argmax(1)).float().mean()
         metrics = {"train/agreement": agree}
         if self._labelled_weight > 0:
-            supervised = cross_entropy(student, batch.labels.to(student.device))
+            supervised = cross_entropy(student, batch.labels.to(student.device), self._world)
             metrics["train/labelled_loss"] = supervised.detach()
             total = (1 - self._labelled_weight) * total + self._labelled_weight * supervised
         return Losses(total, metrics)
 
-    def after_update(self, pieces: Sequence[Batch], make_views: MakeViews) -> None:
+    def after_update(
+        self,
+        pieces: Sequence[Batch],
+        make_views: MakeViews,
+        whole: Iterator[Mapping[str, Tensor]],
+    ) -> None:
         """Do nothing."""
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -72,15 +87,16 @@ class Distillation:
 
 
 def distill(
-    recipe: DistillRecipe, *, world: World, run: RunDirectory, progress: Progress, stop: StopRequest
+    recipe: DistillRecipe, *, world: World, run: ActiveRun, progress: Progress, stop: StopRequest
 ) -> tuple[Trained, Task]:
     """Distil a teacher into a student of the same or another architecture."""
-    teacher = load_parent(recipe)
+    with world.together():
+        teacher = load_parent(recipe)
     if teacher.architecture.classes is None:
         raise RecipeError(
             f"parent: {recipe.parent} has no classifier to learn from; fine-tune it first"
         )
-    inputs = open_inputs(recipe, labels=recipe.labels, walk="all", device=world.device, stop=stop)
+    inputs = open_inputs(recipe, labels=recipe.labels, walk="all", world=world, stop=stop)
     if inputs.classes and inputs.classes != teacher.classes:
         raise DataError(
             f"parent: {recipe.parent} knows {_named(teacher.classes)}, the images have "
@@ -101,6 +117,8 @@ def distill(
             teacher.model.to(world.device),
             temperature=recipe.temperature,
             labelled_weight=recipe.labelled_weight,
+            world=world,
+            sync_group_size=recipe.parallel.sync_group_size,
         ),
         architecture=architecture,
         inputs=inputs,

@@ -20,7 +20,7 @@ from bigsimclr.models.simclr import SimCLR
 from bigsimclr.stages.evaluate import hidden, inference
 from bigsimclr.stages.load import load_network
 from bigsimclr.storage import whole_file
-from bigsimclr.world import join_world
+from bigsimclr.world import ALONE, use_device
 
 
 def embed(
@@ -147,7 +147,7 @@ def predict_to_file(run: Path, images: Path, out: Path) -> Written:
 def _rows(portable: PortableModel, images: Path, unreadable: dict[str, str]) -> Iterator[_Row]:
     source = training_folder(images, ".", labelled=False, root_key="")
     settings = ViewSettings(**asdict(portable.preprocessing))
-    world = join_world()
+    world = use_device(ALONE)
     model = portable.model.to(world.device)
     with inference(model):
         for batch in evaluation_batches(

@@ -6,7 +6,7 @@ Source: Chen et al. 2020, section 2 (fine-tuning from the middle of the projecti
 google-research/simclr tf2/model.py. Linear evaluation freezes batch norm as the TF1 code does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -17,13 +17,14 @@ from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import DataError
 from bigsimclr.losses.classify import cross_entropy
 from bigsimclr.models import Architecture, build_model
+from bigsimclr.models.norm import share_batch_norm
 from bigsimclr.models.simclr import SimCLR
 from bigsimclr.recipe.schema import FinetuneRecipe, LinearRecipe, SupervisedRecipe
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.evaluate import held_out_accuracy
 from bigsimclr.stages.inputs import Inputs, open_inputs
 from bigsimclr.stages.load import Loaded, check_layer, load_parent
-from bigsimclr.stages.run_directory import RunDirectory
+from bigsimclr.stages.run_directory import ActiveRun
 from bigsimclr.stages.training import Task, plan_of, run_training
 from bigsimclr.world import World
 
@@ -61,7 +62,12 @@ class Classification:
         hits = (rows.detach().argmax(1) == labels).float().mean()
         return Losses(cross_entropy(rows, labels), {"train/accuracy": hits})
 
-    def after_update(self, pieces: Sequence[Batch], make_views: MakeViews) -> None:
+    def after_update(
+        self,
+        pieces: Sequence[Batch],
+        make_views: MakeViews,
+        whole: Iterator[Mapping[str, Tensor]],
+    ) -> None:
         """Do nothing."""
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -73,14 +79,14 @@ class Classification:
 
 
 def train_with_labels(
-    recipe: LabelRecipe, *, world: World, run: RunDirectory, progress: Progress, stop: StopRequest
+    recipe: LabelRecipe, *, world: World, run: ActiveRun, progress: Progress, stop: StopRequest
 ) -> tuple[Trained, Task]:
     """Train a classifier: on frozen features, fine-tuned, or from scratch."""
     inputs = open_inputs(
         recipe,
         labels=recipe.labels,
         walk="labelled",
-        device=world.device,
+        world=world,
         stop=stop,
     )
     if len(inputs.classes) < 2:
@@ -96,9 +102,12 @@ def train_with_labels(
         )
         model = build_model(architecture, seed=recipe.seed)
     else:
-        parent = load_parent(recipe)
+        with world.together():
+            parent = load_parent(recipe)
         architecture, model = _from_parent(recipe, parent, inputs)
     model.to(world.device)
+    if not isinstance(recipe, LinearRecipe):
+        share_batch_norm(model, world.neighbours(recipe.parallel.sync_group_size))
     batch_size = plan_of(recipe, inputs, world).micro_batch
     task = Task(
         objective=Classification(model, frozen=isinstance(recipe, LinearRecipe)),

@@ -19,6 +19,7 @@ from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import DataError
 from bigsimclr.recipe.schema import AnyStage, AnyTraining
 from bigsimclr.recipe.sections import LabelsSection
+from bigsimclr.world import World
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Inputs:
     labelled: NDArray[np.int64]  # [L] training images whose label the stage may see
     label_names: tuple[str, ...] | None  # of the labelled images; None where none is asked for
     settings: ViewSettings
-    device: torch.device
+    world: World
     stop: StopRequest
     left_out: dict[str, str]  # images that evaluation could not read, with the reasons
 
@@ -49,7 +50,7 @@ class Inputs:
 
     def views(self, batch: Batch) -> Tensor:
         """Make the views [V*B,3,H,W] of a batch, on the device."""
-        return make_views(batch.pixels, batch.draws, self.settings, device=self.device)
+        return make_views(batch.pixels, batch.draws, self.settings, device=self.world.device)
 
     def loader(self, recipe: AnyTraining, *, views: int) -> Loader:
         """Return the endless stream of training batches."""
@@ -61,6 +62,8 @@ class Inputs:
             views=views,
             seed=recipe.seed,
             global_batch=recipe.batch.global_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
             workers=recipe.input.workers,
             prefetch_batches=recipe.input.prefetch_batches,
             unreadable_limit=recipe.input.unreadable_limit,
@@ -85,7 +88,7 @@ class Inputs:
             max_pixels=self.recipe.input.max_pixels,
             unreadable=self.left_out,
         ):
-            self.stop.check()
+            self.stop.check(self.world)
             yield batch
 
     def facts(self) -> dict[str, object]:
@@ -104,7 +107,7 @@ def open_inputs(
     *,
     labels: LabelsSection | None,
     walk: Literal["labelled", "all"],
-    device: torch.device,
+    world: World,
     stop: StopRequest,
 ) -> Inputs:
     """Open the images of a stage and choose whose labels it may see.
@@ -113,35 +116,36 @@ def open_inputs(
         recipe: the stage.
         labels: the labelled subset; None shows every label there is.
         walk: "labelled" trains on the labelled images only, "all" on every training image.
-        device: where views are made.
+        world: this rank, which shows its share of every batch, and its device.
         stop: ends evaluations early.
 
     Raises:
         DataError: the images or labels are missing or do not fit.
     """
-    splits = _opened(recipe, device)
-    train = splits.train
-    everything = np.arange(len(train), dtype=np.int64)
-    if labels is None:
-        chosen, names = everything[train.labels >= 0], None
-    else:
-        chosen = _choose(splits, labels)
-        names = tuple(train.name(int(index)) for index in chosen)
-    shown = np.full(len(train), -1, dtype=np.int64)
-    shown[chosen] = train.labels[chosen]
-    return Inputs(
-        recipe=recipe,
-        train=train,
-        held_out=splits.held_out,
-        indices=chosen if walk == "labelled" else everything,
-        labels=shown,
-        labelled=chosen,
-        label_names=names,
-        settings=view_settings(recipe.augment),
-        device=device,
-        stop=stop,
-        left_out={},
-    )
+    with world.together():
+        splits = _opened(recipe, world.device)
+        train = splits.train
+        everything = np.arange(len(train), dtype=np.int64)
+        if labels is None:
+            chosen, names = everything[train.labels >= 0], None
+        else:
+            chosen = _choose(splits, labels)
+            names = tuple(train.name(int(index)) for index in chosen)
+        shown = np.full(len(train), -1, dtype=np.int64)
+        shown[chosen] = train.labels[chosen]
+        return Inputs(
+            recipe=recipe,
+            train=train,
+            held_out=splits.held_out,
+            indices=chosen if walk == "labelled" else everything,
+            labels=shown,
+            labelled=chosen,
+            label_names=names,
+            settings=view_settings(recipe.augment),
+            world=world,
+            stop=stop,
+            left_out={},
+        )
 
 
 def _opened(recipe: AnyStage, device: torch.device) -> Splits:

@@ -32,13 +32,14 @@ def evaluate_neighbours(
     Raises:
         DataError: there are no held-out images.
     """
-    parent = load_parent(recipe)
-    check_layer(recipe.from_layer, parent)
+    with world.together():
+        parent = load_parent(recipe)
+        check_layer(recipe.from_layer, parent)
     inputs = open_inputs(
         recipe,
         labels=recipe.labels,
         walk="labelled",
-        device=world.device,
+        world=world,
         stop=stop,
     )
     if not labelled_held_out(inputs).size:
@@ -46,7 +47,9 @@ def evaluate_neighbours(
             "knn needs labelled held-out images; set data.held_out or data.held_out_fraction"
         )
     facts = {"examples": len(inputs.indices), "neighbours": recipe.neighbours}
-    run.describe(recipe, facts, labels=inputs.label_names)
+    with world.together():
+        if world.rank == 0:
+            run.describe(recipe, facts, labels=inputs.label_names)
     values = neighbour_accuracy(
         parent.model.to(world.device),
         inputs,

@@ -10,6 +10,7 @@ from bigsimclr.recipe.schema import PipelineRecipe
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.run_directory import refuse_strangers, write_json
 from bigsimclr.stages.single import finished_result, run_stage
+from bigsimclr.world import World
 
 
 def run_pipeline(
@@ -18,6 +19,7 @@ def run_pipeline(
     directory: Path,
     *,
     command: str | None,
+    world: World,
     progress: Progress,
     stop: StopRequest,
 ) -> None:
@@ -28,36 +30,46 @@ def run_pipeline(
         RecipeError: a finished run was another recipe, or the directory holds something else.
         DataError: a list of labels or a parent that a later run reads is not there.
     """
+    with world.together():
+        finished = _finished(recipe, runs, directory)
+        if world.rank == 0:
+            _describe(recipe, runs, directory, command)
+    # What the first rank sees counts, should the others' view of the disk be an older one.
+    done = world.texts("\n".join(run.path for run in finished))[0].splitlines()
+    if done:
+        progress.note(f"{len(done)} of {len(runs)} runs finished before")
+    for number, run in enumerate(runs, start=1):
+        if run.path in done:
+            continue
+        progress.note(f"[{number}/{len(runs)}] {run.path}")
+        run_stage(run.recipe, directory / run.path, world=world, progress=progress, stop=stop)
+        if stop.agree(world) is not None:
+            raise Stopped(f"by {stop.received} after {run.path}; the same command continues")
+
+
+def _finished(recipe: PipelineRecipe, runs: list[PlannedRun], directory: Path) -> list[PlannedRun]:
+    """Return the runs that need not be run again, after checking that the others can be."""
     if not (directory / "pipeline.json").exists():
         refuse_strangers(directory, [step.name for step in recipe.steps])
     finished = [run for run in runs if (directory / run.path / "result.json").exists()]
     for run in finished:
         finished_result(run.recipe, directory / run.path)
-    if finished:
-        progress.note(f"{len(finished)} of {len(runs)} runs finished before")
     # What is missing is said now, not when the steps before it have run for weeks.
     missing = dict.fromkeys(
         line for run in runs if run not in finished for line in missing_inputs(run)
     )
     if missing:
         raise DataError("\n".join(missing))
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{directory} cannot be written: {error.strerror}") from error
-    _describe(recipe, runs, directory, command)
-    for number, run in enumerate(runs, start=1):
-        if run in finished:
-            continue
-        progress.note(f"[{number}/{len(runs)}] {run.path}")
-        run_stage(run.recipe, directory / run.path, progress=progress, stop=stop)
-        if stop.received is not None:
-            raise Stopped(f"by {stop.received} after {run.path}; the same command continues")
+    return finished
 
 
 def _describe(
     recipe: PipelineRecipe, runs: list[PlannedRun], directory: Path, command: str | None
 ) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be written: {error.strerror}") from error
     write_json(directory / "pipeline.yaml", json.loads(recipe.model_dump_json()))
     write_json(
         directory / "pipeline.json",

@@ -3,7 +3,7 @@
 Source: Chen et al. 2020, section 2 and 3.1; google-research/simclr tf2/run.py, tf2/model.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from bigsimclr.engine.loop import Trained
 from bigsimclr.engine.momentum import AveragedCopy, Queue
 from bigsimclr.engine.stop import StopRequest
 from bigsimclr.losses import ContrastiveLoss, build_loss
-from bigsimclr.losses.classify import cross_entropy
+from bigsimclr.losses.classify import cross_entropy, shown_per_rank
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.norm import share_batch_norm
 from bigsimclr.models.simclr import Outputs, SimCLR
@@ -23,7 +23,7 @@ from bigsimclr.recipe.sections import QueueSection
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.evaluate import neighbour_accuracy
 from bigsimclr.stages.inputs import open_inputs
-from bigsimclr.stages.run_directory import RunDirectory
+from bigsimclr.stages.run_directory import ActiveRun
 from bigsimclr.stages.training import Task, plan_of, run_training
 from bigsimclr.world import World
 
@@ -41,8 +41,9 @@ class Contrast:
         width: int,  # of the projections
         queue: QueueSection | None,
         world: World,
+        sync_group_size: int | None = None,  # ranks that share batch norm statistics; None: all
     ) -> None:
-        share_batch_norm(model, world)
+        share_batch_norm(model, world.neighbours(sync_group_size))
         self.model = model.to(world.device).train()
         self._world = world
         self._loss = loss
@@ -71,20 +72,30 @@ class Contrast:
         }
         if logits.shape[1]:
             labels = batch.labels.to(logits.device).repeat(2)
-            probe = cross_entropy(logits, labels)
+            probe = cross_entropy(logits, labels, self._world)
             metrics |= {
                 "train/loss": total.detach(),
                 "probe/loss": probe.detach(),
-                "probe/accuracy": _accuracy(logits, labels),
+                "probe/accuracy": self._accuracy(logits, labels),
             }
             total = total + probe
         return Losses(total, metrics)
 
-    def after_update(self, pieces: Sequence[Batch], make_views: MakeViews) -> None:
+    def _accuracy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        known = labels >= 0
+        hits = (logits.argmax(1) == labels) & known
+        return hits.sum() / shown_per_rank(known, self._world)
+
+    def after_update(
+        self,
+        pieces: Sequence[Batch],
+        make_views: MakeViews,
+        whole: Iterator[Mapping[str, Tensor]],
+    ) -> None:
         """Average the weights, then remember the second views' projections of this batch."""
         if self._averaged is None or self._queue is None:
             return
-        self._averaged.update(self.model)
+        self._averaged.update(whole)
         with torch.no_grad():
             rows = [
                 self._averaged.model(make_views(piece).chunk(2)[1]).projections[-1].float()
@@ -106,22 +117,16 @@ class Contrast:
             self._queue.restore(state["queue"])
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    known = labels >= 0
-    hits = (logits.argmax(1) == labels) & known
-    return hits.sum() / known.sum().clamp(min=1)
-
-
 def pretrain(
     recipe: PretrainRecipe,
     *,
     world: World,
-    run: RunDirectory,
+    run: ActiveRun,
     progress: Progress,
     stop: StopRequest,
 ) -> tuple[Trained, Task]:
     """Pretrain a network."""
-    inputs = open_inputs(recipe, labels=None, walk="all", device=world.device, stop=stop)
+    inputs = open_inputs(recipe, labels=None, walk="all", world=world, stop=stop)
     probed = recipe.probe.linear and bool(inputs.classes)
     architecture = Architecture(
         backbone=recipe.backbone,
@@ -152,6 +157,7 @@ def pretrain(
             width=recipe.head.output_width,
             queue=recipe.loss.queue,
             world=world,
+            sync_group_size=recipe.parallel.sync_group_size,
         ),
         architecture=architecture,
         inputs=inputs,

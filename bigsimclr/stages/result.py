@@ -46,23 +46,25 @@ def write_result(
     parent_digest: str | None,
     seconds: float,
 ) -> Result:
-    """Write the result of a run, which says that it is finished."""
+    """Write the result of a run, which says that it is finished; the first rank does it."""
     parent = None if isinstance(recipe, PretrainRecipe | SupervisedRecipe) else recipe.parent
     inside = None if checkpoint is None else checkpoint.relative_to(run.path).as_posix()
-    write_json(
-        run.result,
-        {
-            "stage": recipe.stage,
-            "examples": examples,
-            "metrics": dict(metrics),
-            "protocol": _protocol(recipe, inputs, examples),
-            "parent": None if parent is None else os.path.relpath(parent, run.path),
-            "parent_digest": parent_digest,
-            "checkpoint": inside,
-            "seconds": round(seconds, 3),
-            "data": {**inputs.facts(), "unreadable": len(run.unreadable())},
-        },
-    )
+    with inputs.world.together():
+        if inputs.world.rank == 0:
+            write_json(
+                run.result,
+                {
+                    "stage": recipe.stage,
+                    "examples": examples,
+                    "metrics": dict(metrics),
+                    "protocol": _protocol(recipe, inputs, examples),
+                    "parent": None if parent is None else os.path.relpath(parent, run.path),
+                    "parent_digest": parent_digest,
+                    "checkpoint": inside,
+                    "seconds": round(seconds, 3),
+                    "data": {**inputs.facts(), "unreadable": len(run.unreadable())},
+                },
+            )
     return Result(run.path, checkpoint, metrics)
 
 

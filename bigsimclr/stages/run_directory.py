@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 import bigsimclr
 from bigsimclr.data.subsets import write_list
+from bigsimclr.engine.liveness import Pulse
 from bigsimclr.errors import CheckpointError, DataError, RecipeError
 from bigsimclr.recipe import save_recipe
 from bigsimclr.recipe.schema import AnyStage
@@ -21,6 +22,11 @@ from bigsimclr.storage import publish
 FREE_SECTIONS = ("log", "checkpoint")
 # Images, labels and parents are compared by what they are, wherever they lie.
 FREE_KEYS = (
+    "parallel.strategy",
+    "parallel.offload",
+    "parallel.reshard",
+    "parallel.memory",
+    "parallel.hang_seconds",
     "parallel.cpu_threads",
     "input.workers",
     "input.prefetch_batches",
@@ -38,6 +44,7 @@ OWN_FILES = (
     "labels.txt",
     "unreadable.txt",
     "tensorboard",
+    "stacks",
 )
 
 
@@ -92,6 +99,15 @@ class RunDirectory:
         save_recipe(recipe, self.path / "recipe.yaml")
         write_json(self.path / "plan.json", plan)
         write_json(self.path / "environment.json", environment())
+
+
+@dataclass(frozen=True)
+class ActiveRun:
+    """A run in progress: this process holds its directory, or is one of the ranks that do."""
+
+    directory: RunDirectory
+    fence: Callable[[], None]  # raises StorageError when somebody else has taken it over
+    pulse: Pulse
 
 
 def refuse_strangers(directory: Path, own: Collection[str]) -> None:

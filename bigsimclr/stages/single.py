@@ -1,15 +1,23 @@
 """One stage in one run directory: from a recipe to its result."""
 
+import hashlib
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
+
+import bigsimclr
 from bigsimclr.data import build_data
+from bigsimclr.engine.liveness import Pulse
 from bigsimclr.engine.lock import hold_run
 from bigsimclr.engine.loop import Trained
 from bigsimclr.engine.stop import Interrupted, StopRequest
 from bigsimclr.errors import CheckpointError, Stopped
 from bigsimclr.recipe import load_recipe
+from bigsimclr.recipe.plan import share_batch
 from bigsimclr.recipe.schema import (
     AnyStage,
     AnyTraining,
@@ -30,6 +38,7 @@ from bigsimclr.stages.load import digest_of_parent
 from bigsimclr.stages.pretrain import pretrain
 from bigsimclr.stages.result import Result, summary, write_result
 from bigsimclr.stages.run_directory import (
+    ActiveRun,
     RunDirectory,
     check_same_origins,
     check_same_recipe,
@@ -38,7 +47,7 @@ from bigsimclr.stages.run_directory import (
     with_absolute_paths,
 )
 from bigsimclr.stages.training import Task
-from bigsimclr.world import World, join_world
+from bigsimclr.world import World, use_device
 
 METRICS = {
     "held_out/accuracy": "accuracy",
@@ -48,13 +57,14 @@ METRICS = {
 
 
 def run_stage(
-    recipe: AnyStage, directory: Path, *, progress: Progress, stop: StopRequest
+    recipe: AnyStage, directory: Path, *, world: World, progress: Progress, stop: StopRequest
 ) -> Result:
     """Run a stage to its end; a finished one is read, an interrupted one continued.
 
     Args:
         recipe: the stage.
         directory: the run directory; made if it is missing.
+        world: the ranks that run it together, on the host.
         progress: where progress is shown.
         stop: set by a signal.
 
@@ -62,35 +72,73 @@ def run_stage(
         Stopped: a signal asked for it; the state is saved.
         RecipeError: the directory holds a run of another recipe, or something else.
         StorageError: the directory cannot be written, or another process is writing it.
+        DistributedError: the ranks were started with different recipes or versions.
     """
     recipe = with_absolute_paths(recipe)
     run = RunDirectory(directory)
-    run.check_free()
-    with hold_run(directory):
-        if run.result.exists():
+    world.check_same("version", f"bigsimclr {bigsimclr.__version__}, torch {torch.__version__}")
+    world.check_same("recipe", f"{_digest(recipe)} in {directory.absolute()}")
+    with world.together():
+        if world.rank == 0:
+            run.check_free()
+        if not isinstance(recipe, KnnRecipe):
+            share_batch(recipe, world_size=world.size)
+    with _held(directory, world) as fence:
+        if world.numbers(int(run.result.exists()))[0]:
             progress.note(f"{recipe.stage}: finished before, {run.path}")
-            return finished_result(recipe, directory)
-        world = join_world(
-            recipe.parallel.device,
-            cpu_threads=recipe.parallel.cpu_threads,
-            deterministic=recipe.parallel.deterministic,
-        )
-        if isinstance(recipe, KnnRecipe):
-            return _neighbours(recipe, world, run, progress, stop)
-        trained, task = _train(recipe, world, run, progress, stop)
-        metrics = {METRICS[name]: value for name, value in trained.values.items()}
-        metrics["loss"] = trained.losses["train/loss"]
-        progress.end(summary(recipe, metrics, len(labelled_held_out(task.inputs))))
-        return write_result(
-            recipe,
-            run,
-            task.inputs,
-            metrics=metrics,
-            examples=trained.examples,
-            checkpoint=trained.checkpoint,
-            parent_digest=None if task.parent is None else task.parent.digest,
-            seconds=trained.seconds,
-        )
+            with world.together():
+                return finished_result(recipe, directory)
+        parallel = recipe.parallel
+        with world.together():
+            here = use_device(
+                world,
+                parallel.device,
+                cpu_threads=parallel.cpu_threads,
+                deterministic=parallel.deterministic,
+            )
+        with Pulse(
+            world.store,
+            world.rank,
+            world.size,
+            hang_seconds=parallel.hang_seconds,
+            stacks=directory / "stacks",
+        ) as pulse:
+            if isinstance(recipe, KnnRecipe):
+                return _neighbours(recipe, here, run, progress, stop)
+            trained, task = _train(recipe, here, ActiveRun(run, fence, pulse), progress, stop)
+            metrics = {METRICS[name]: value for name, value in trained.values.items()}
+            metrics["loss"] = trained.losses["train/loss"]
+            progress.end(summary(recipe, metrics, len(labelled_held_out(task.inputs))))
+            return write_result(
+                recipe,
+                run,
+                task.inputs,
+                metrics=metrics,
+                examples=trained.examples,
+                checkpoint=trained.checkpoint,
+                parent_digest=None if task.parent is None else task.parent.digest,
+                seconds=trained.seconds,
+            )
+
+
+def _digest(recipe: AnyStage) -> str:
+    content = json.dumps(recipe_facts(recipe), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _held(directory: Path, world: World) -> Iterator[Callable[[], None]]:
+    """Hold a run directory; the first rank does it for all of them."""
+    fence: Callable[[], None] = _no_fence
+    with ExitStack() as stack:
+        with world.together():
+            if world.rank == 0:
+                fence = stack.enter_context(hold_run(directory))
+        yield fence
+
+
+def _no_fence() -> None:
+    """Do nothing: only the first rank publishes."""
 
 
 def finished_result(recipe: AnyStage, directory: Path) -> Result:
@@ -132,7 +180,7 @@ def _check_finished_origins(
 def _train(
     recipe: AnyTraining,
     world: World,
-    run: RunDirectory,
+    run: ActiveRun,
     progress: Progress,
     stop: StopRequest,
 ) -> tuple[Trained, Task]:

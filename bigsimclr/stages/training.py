@@ -1,19 +1,22 @@
 """What all training stages have in common: from an objective to a finished run directory."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch.optim import Optimizer
 
 from bigsimclr.data.loader import Loader
 from bigsimclr.engine import Objective
-from bigsimclr.engine.checkpoint import newest_checkpoint
+from bigsimclr.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from bigsimclr.engine.loop import Evaluate, Intervals, Run, Trained, train
+from bigsimclr.engine.saving import Saver
 from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import RecipeError
 from bigsimclr.models import Architecture
+from bigsimclr.models.memory import save_memory
 from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
 from bigsimclr.parallel import MakeOptimizer, Strategy, build_strategy
@@ -24,6 +27,7 @@ from bigsimclr.report.records import Records, read_records
 from bigsimclr.stages.inputs import Inputs
 from bigsimclr.stages.load import Loaded
 from bigsimclr.stages.run_directory import (
+    ActiveRun,
     RunDirectory,
     check_same_origins,
     check_same_recipe,
@@ -56,7 +60,7 @@ def run_training(
     task: Task,
     *,
     world: World,
-    run: RunDirectory,
+    run: ActiveRun,
     progress: Progress,
     stop: StopRequest,
     title: str,
@@ -68,26 +72,30 @@ def run_training(
         RecipeError: the directory holds a run of another recipe.
         CheckpointError: the directory holds checkpoints, none of them intact.
     """
+    model = task.objective.model
+    save_memory(model, recipe.parallel.memory)
     plan = plan_of(recipe, task.inputs, world)
     strategy = build_strategy(recipe.parallel, world)
-    optimizer = strategy.prepare(task.objective.model, _optimizer_maker(recipe, plan))
-    resume = newest_checkpoint(run.checkpoints)
-    if resume is None:
-        run.describe(recipe, plan.as_facts(), labels=task.inputs.label_names)
-    else:
-        check_same_recipe(recipe, resume.facts["recipe"], run.path)
-        check_same_origins(_origins(task), resume.facts["origins"], run.path)
-    records = Records(run.path, tensorboard=recipe.log.tensorboard)
+    strategy.prepare(model, _optimizer_maker(recipe, model, plan))
+    world.check_same("images, labels or parent", json.dumps(_origins(task)))
+    directory = run.directory
+    resume = _newest(directory, world)
+    with world.together():
+        if resume is not None:
+            check_same_recipe(recipe, resume.facts["recipe"], directory.path)
+            check_same_origins(_origins(task), resume.facts["origins"], directory.path)
+        elif world.rank == 0:
+            directory.describe(recipe, plan.as_facts(), labels=task.inputs.label_names)
     first = 0 if resume is None else resume.examples
-    records.rewind(first)
-    known = {(record.examples, *record.values) for record in read_records(run.path)}
+    records = _records(recipe, directory, first) if world.rank == 0 else None
+    known = _known(directory) if world.rank == 0 else set()
     progress.begin(title, plan.steps, first // plan.global_batch, _headline(plan))
     chance = {} if plan.chance_loss is None else {"train/chance_loss": plan.chance_loss}
 
     def report(examples: int, step: int, values: Mapping[str, float]) -> None:
         both = {**values, **chance} if "train/loss" in values else values
-        if (examples, *both) in known:
-            return  # evaluated before the run was interrupted
+        if records is None or (examples, *both) in known:
+            return  # another rank's task, or evaluated before the run was interrupted
         records.write(examples=examples, step=step, values=both)
         progress.update(step, both)
 
@@ -95,22 +103,38 @@ def run_training(
     try:
         with _explained_memory(plan):
             return train(
-                _assemble(
-                    recipe,
-                    task,
-                    plan=plan,
-                    loader=loader,
-                    strategy=strategy,
-                    optimizer=optimizer,
-                    run=run,
-                ),
+                _assemble(recipe, task, plan=plan, loader=loader, strategy=strategy, run=run),
                 resume=resume,
                 stop=stop,
                 report=report,
             )
     finally:
-        run.note_unreadable(loader.unreadable)
-        records.close()
+        if records is not None:
+            directory.note_unreadable(loader.unreadable)
+            records.close()
+
+
+def _newest(run: RunDirectory, world: World) -> Checkpoint | None:
+    """Read the newest intact checkpoint, the same on every rank."""
+    newest: Checkpoint | None = None
+    with world.together():
+        if world.rank == 0:
+            newest = newest_checkpoint(run.checkpoints)
+    name = world.texts("" if newest is None else newest.path.name)[0]
+    with world.together():
+        if name and newest is None:
+            newest = read_checkpoint(run.checkpoints / name)
+    return newest
+
+
+def _records(recipe: AnyTraining, run: RunDirectory, examples: int) -> Records:
+    records = Records(run.path, tensorboard=recipe.log.tensorboard)
+    records.rewind(examples)
+    return records
+
+
+def _known(run: RunDirectory) -> set[tuple[int | str, ...]]:
+    return {(record.examples, *record.values) for record in read_records(run.path)}
 
 
 def _origins(task: Task) -> dict[str, str | None]:
@@ -138,14 +162,13 @@ def _explained_memory(plan: Plan) -> Iterator[None]:
         ) from error
 
 
-def _optimizer_maker(recipe: AnyTraining, plan: Plan) -> MakeOptimizer:
-    def make(model: SimCLR) -> Optimizer:
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        return build_optimizer(
-            recipe.optimizer, trained, parameter_kind(model), plan.peak_learning_rate
-        )
-
-    return make
+def _optimizer_maker(recipe: AnyTraining, model: SimCLR, plan: Plan) -> MakeOptimizer:
+    return partial(
+        build_optimizer,
+        recipe.optimizer,
+        kinds=parameter_kind(model),
+        learning_rate=plan.peak_learning_rate,
+    )
 
 
 def _assemble(
@@ -155,8 +178,7 @@ def _assemble(
     plan: Plan,
     loader: Loader,
     strategy: Strategy,
-    optimizer: Optimizer,
-    run: RunDirectory,
+    run: ActiveRun,
 ) -> Run:
     return Run(
         objective=task.objective,
@@ -164,15 +186,20 @@ def _assemble(
         loader=loader,
         make_views=task.inputs.views,
         strategy=strategy,
-        optimizer=optimizer,
+        world=task.inputs.world,
         evaluate=task.evaluate,
         intervals=Intervals(
             record=recipe.log.every_steps,
             checkpoint=recipe.checkpoint.every_steps,
             evaluate=task.evaluate_every,
-            keep=recipe.checkpoint.keep,
         ),
-        checkpoints=run.checkpoints,
+        saver=Saver(
+            run.directory.checkpoints,
+            keep=recipe.checkpoint.keep,
+            world=task.inputs.world,
+            fence=run.fence,
+        ),
+        pulse=run.pulse,
         facts={
             "recipe": recipe_facts(recipe),
             "origins": _origins(task),

@@ -1,12 +1,14 @@
 """Pretraining over several ranks ends with the weights of one process."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import Parameter, functional as F
+from torch.optim import Optimizer
 
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.draws import centre_draws
@@ -15,9 +17,13 @@ from bigsimclr.engine.step import compute_gradients
 from bigsimclr.losses import build_loss
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import parameter_kind
-from bigsimclr.optim import build_optimizer, set_learning_rate
+from bigsimclr.optim import SquaredNorms, build_optimizer
+from bigsimclr.parallel import Strategy
 from bigsimclr.parallel.ddp import DataParallel
+from bigsimclr.parallel.fsdp2 import FullySharded
+from bigsimclr.parallel.precision import Precision
 from bigsimclr.parallel.single import Single
+from bigsimclr.parallel.zero1 import ZeroOne
 from bigsimclr.recipe.sections import HeadSection, Lars, NtXentLoss, QueueSection, ResNetBackbone
 from bigsimclr.stages.pretrain import Contrast
 from bigsimclr.world import ALONE, World
@@ -52,7 +58,20 @@ def batch_of(step: int, world: World) -> Batch:
     )
 
 
-def trained(world: World, *, double: bool) -> dict[str, list]:
+def strategy_of(kind: str, world: World) -> Strategy:
+    precision = Precision(world.device, "fp32")
+    match kind:
+        case "ddp":
+            return DataParallel(world, precision, bucket_bytes=BUCKETS)
+        case "zero1":
+            return ZeroOne(world, precision, bucket_bytes=BUCKETS)
+        case "fsdp2":
+            return FullySharded(world, precision, reshard=True)
+        case _:
+            return Single(precision)
+
+
+def trained(world: World, *, kind: str, double: bool) -> dict[str, list]:
     """Weights, running statistics, averaged copy and queue after some updates."""
     backbone = ResNetBackbone(depth=10, width=0.25, stem="cifar")
     head = HeadSection(layers=3, output_width=WIDTH)
@@ -66,16 +85,12 @@ def trained(world: World, *, double: bool) -> dict[str, list]:
         world=world,
     )
     section = Lars(kind="lars", learning_rate=1.0, rate_scaling="none", weight_decay=1e-4)
-    single = Single(world.device, precision="fp32")
-    strategy = DataParallel(world, single, bucket_bytes=BUCKETS) if world.size > 1 else single
-    optimizer = strategy.prepare(
-        model,
-        lambda own: build_optimizer(
-            section, dict(own.named_parameters()), parameter_kind(own), 1.0
-        ),
+    strategy = strategy_of(kind, world)
+    strategy.prepare(
+        model, partial(build_optimizer, section, kinds=parameter_kind(model), learning_rate=1.0)
     )
     for step in range(STEPS):
-        set_learning_rate(optimizer, PEAK_RATE * (step + 1) / STEPS)
+        strategy.set_learning_rate(PEAK_RATE * (step + 1) / STEPS)
         batch = batch_of(step, world)
         compute_gradients(
             objective,
@@ -86,8 +101,12 @@ def trained(world: World, *, double: bool) -> dict[str, list]:
             strategy=strategy,
         )
         strategy.update()
-        objective.after_update([batch], partial(views_of, dtype))
-    found = {f"model.{name}": value for name, value in model.state_dict().items()}
+        objective.after_update([batch], partial(views_of, dtype), strategy.whole())
+    found = {
+        f"model.{name}": value.clone()
+        for piece in strategy.whole()
+        for name, value in piece.items()
+    }
     for part, tensors in objective.state().items():
         found |= {f"{part}.{name}": value for name, value in tensors.items()}
     return {name: value.tolist() for name, value in found.items()}
@@ -108,14 +127,16 @@ def double(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(double: bool) -> dict[str, Tensor]:
-    return {name: exact(value) for name, value in trained(ALONE, double=double).items()}
+    alone = trained(ALONE, kind="single", double=double)
+    return {name: exact(value) for name, value in alone.items()}
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "fsdp2"])
 def test_all_ranks_end_where_one_process_does(
-    size: int, double: bool, whole: dict[str, Tensor]
+    size: int, kind: str, double: bool, whole: dict[str, Tensor]
 ) -> None:
-    parts = on_ranks(size, partial(trained, double=double))
+    parts = on_ranks(size, partial(trained, kind=kind, double=double))
     for other in parts[1:]:
         assert other == parts[0]  # every rank has the same bits
     assert parts[0].keys() == whole.keys()
@@ -132,14 +153,20 @@ def test_all_ranks_end_where_one_process_does(
         assert moved <= (1e-10 if double else 1e-5) ** 2 * length, part
 
 
+def plain_descent(
+    parameters: Mapping[str, Parameter], *, squared_norms: SquaredNorms | None = None
+) -> Optimizer:
+    return torch.optim.SGD(parameters.values(), lr=1.0)
+
+
 def gradients_of(world: World) -> dict[str, list]:
     """Start from other weights on every rank, accumulate two pieces, leave a parameter unused."""
     model = build_model(
         Architecture(ResNetBackbone(depth=10, width=1 / 16, stem="cifar"), None, 3, 0),
         seed=world.rank,
     ).double()
-    strategy = DataParallel(world, Single(world.device, precision="fp32"), bucket_bytes=BUCKETS)
-    strategy.prepare(model, lambda own: torch.optim.SGD(own.parameters(), lr=1.0))
+    strategy = strategy_of("ddp", world)
+    strategy.prepare(model, plain_descent)
     model.eval()
     before = {name: value.clone() for name, value in model.named_parameters()}
     images = pixels(0)[0].double().chunk(world.size)[world.rank].chunk(2)

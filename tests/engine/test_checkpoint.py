@@ -23,9 +23,9 @@ from bigsimclr.engine.checkpoint import (
     clear_unfinished,
     newest_checkpoint,
     read_checkpoint,
-    save_checkpoint,
 )
 from bigsimclr.engine.manifest import canonical_json, manifest_json, write_file
+from bigsimclr.engine.saving import save_checkpoint
 from bigsimclr.errors import CheckpointError, NumericsError, StorageError
 
 FACTS = {"step": 3, "digest": "ab12", "scaler": None, "seconds": 1.5, "architecture": {"depth": 10}}
@@ -406,7 +406,7 @@ def test_a_file_size_limit_is_a_storage_error(tmp_path: Path) -> None:
     program = f"""
 import resource, torch
 from pathlib import Path
-from bigsimclr.engine.checkpoint import save_checkpoint
+from bigsimclr.engine.saving import save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 tensors = {{"model": {{"big": torch.zeros(250_000)}}}}
 save_checkpoint(Path({str(tmp_path)!r}), examples=1, tensors=tensors, facts={{}}, keep=2)

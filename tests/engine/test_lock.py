@@ -45,9 +45,18 @@ def test_the_directory_is_created_and_left_clean(tmp_path: Path) -> None:
     directory = tmp_path / "runs" / "näme 'with' spaces"
     with hold_run(directory):
         signature = json.loads((directory / ".lock").read_text())
+        assert len(signature.pop("nonce")) == 16
         assert signature == {"pid": os.getpid(), "host": socket.gethostname()}
         assert [path.name for path in directory.iterdir()] == [".lock"]
     hold_briefly(directory)
+
+
+def test_the_fence_notices_who_took_over_without_a_lock(tmp_path: Path) -> None:
+    with hold_run(tmp_path) as fence:
+        fence()
+        (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere"}\n')
+        with pytest.raises(StorageError, match="taken over by another process"):
+            fence()
 
 
 def test_a_second_holder_is_told_who_holds(tmp_path: Path) -> None:

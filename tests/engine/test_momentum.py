@@ -6,6 +6,7 @@ from torch import nn
 
 from bigsimclr.engine.momentum import AveragedCopy, Queue
 from bigsimclr.errors import CheckpointError
+from bigsimclr.optim.tensors import tensors_of
 
 
 def network(seed):
@@ -33,7 +34,7 @@ def test_update_averages_weights_and_statistics():
     averaged = AveragedCopy(model, 0.75)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for _ in range(3):
-        averaged.update(other)
+        averaged.update([tensors_of(other)])
         for name, tensor in other.state_dict().items():
             expected[name] = 0.75 * expected[name] + 0.25 * tensor
     expected["1.num_batches_tracked"] = torch.tensor(5)
@@ -43,7 +44,7 @@ def test_update_averages_weights_and_statistics():
 
 def test_the_copy_s_state_round_trips():
     averaged = AveragedCopy(network(0), 0.5)
-    averaged.update(network(1))
+    averaged.update([tensors_of(network(1))])
     saved = {name: tensor.clone() for name, tensor in averaged.state().items()}
     restored = AveragedCopy(network(2), 0.5)
     restored.restore(saved)

@@ -17,6 +17,8 @@ from bigsimclr.losses import build_loss
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.norm import BatchNorm
 from bigsimclr.models.simclr import SimCLR
+from bigsimclr.optim.tensors import tensors_of
+from bigsimclr.parallel.precision import Precision
 from bigsimclr.parallel.single import Single
 from bigsimclr.recipe.sections import HeadSection, NtXentLoss, QueueSection, ResNetBackbone
 from bigsimclr.stages.distill import Distillation
@@ -99,7 +101,7 @@ def gradients(
     make: Callable[[], Objective], how: str, pieces: int, *, views: int
 ) -> tuple[float, dict[str, Tensor]]:
     objective = make()
-    strategy = Single(torch.device("cpu"), precision="fp32")
+    strategy = Single(Precision(torch.device("cpu"), "fp32"))
     micro_batch = -(-IMAGES // pieces)
     assert len(batch_of(views).split(micro_batch)) == pieces
     losses = compute_gradients(
@@ -188,7 +190,7 @@ def test_the_first_pass_moves_no_running_statistics() -> None:
             how=how,
             micro_batch=IMAGES // pieces,
             make_views=partial(views64, views=2),
-            strategy=Single(torch.device("cpu"), precision="fp32"),
+            strategy=Single(Precision(torch.device("cpu"), "fp32")),
         )
         return {n: b.clone() for n, b in objective.model.named_buffers()}
 
@@ -203,8 +205,8 @@ def test_the_queue_adds_negatives_and_is_filled_in_batch_order() -> None:
     make_views = partial(views64, views=2)
     batch = batch_of(2)
     before, _ = whole.loss(whole.embed(make_views(batch)), batch), None
-    whole.after_update([batch], make_views)
-    split.after_update(batch.split(5), make_views)
+    whole.after_update([batch], make_views, iter([tensors_of(whole.model)]))
+    split.after_update(batch.split(5), make_views, iter([tensors_of(split.model)]))
     for name, tensor in whole.state()["queue"].items():
         torch.testing.assert_close(split.state()["queue"][name], tensor)
     after = whole.loss(whole.embed(make_views(batch)), batch)

@@ -92,7 +92,9 @@ def test_sgd_and_adam(other_values, official):
         else AdamW(kind="adamw", learning_rate=rate)
     )
     parameter = Parameter(other_values["param0"].clone())
-    optimizer = build_optimizer(section, {"weight": parameter}, {"weight": "kernel"}, rate)
+    optimizer = build_optimizer(
+        section, {"weight": parameter}, kinds={"weight": "kernel"}, learning_rate=rate
+    )
     for gradient, expected in zip(
         other_values["grads"], other_values[f"{official}/traj"], strict=True
     ):

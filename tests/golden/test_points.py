@@ -13,6 +13,7 @@ from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.resnet import ShortcutPool
 from bigsimclr.models.selective import SelectiveKernel
 from bigsimclr.models.simclr import SimCLR
+from bigsimclr.parallel.precision import Precision
 from bigsimclr.parallel.single import Single
 from bigsimclr.recipe.schema import DistillRecipe, FinetuneRecipe, LinearRecipe
 from bigsimclr.recipe.sections import (
@@ -79,7 +80,7 @@ def test_batch_norm_sees_one_micro_batch_at_a_time() -> None:
         how="accumulated",
         micro_batch=4,
         make_views=lambda piece: piece.pixels,
-        strategy=Single(torch.device("cpu"), precision="fp32"),
+        strategy=Single(Precision(torch.device("cpu"), "fp32")),
     )
     followed.train()
     for piece in pieces:

@@ -8,13 +8,12 @@ import json
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim import Optimizer
 
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.draws import centre_draws
@@ -26,7 +25,8 @@ from bigsimclr.interop.tf_names import from_official, official_names
 from bigsimclr.losses import build_loss
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import SimCLR, parameter_kind
-from bigsimclr.optim import build_optimizer, set_learning_rate
+from bigsimclr.optim import build_optimizer
+from bigsimclr.parallel.precision import Precision
 from bigsimclr.parallel.single import Single
 from bigsimclr.recipe.plan import Plan, make_plan
 from bigsimclr.recipe.schema import FinetuneRecipe, PretrainRecipe
@@ -256,24 +256,25 @@ def follow(name: str, *, float64: bool | None = None, freezes_head: bool = False
     if freezes_head:
         model.head.requires_grad_(requires_grad=False)
     names = official_names(model)
-    strategy = Single(CPU, precision="fp32")
-
-    def make_optimizer(model: SimCLR) -> Optimizer:
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        kinds = parameter_kind(model)
-        return build_optimizer(recipe.optimizer, trained, kinds, plan.peak_learning_rate)
+    strategy = Single(Precision(CPU, "fp32"))
+    kinds = parameter_kind(model)
 
     def make_views(batch: Batch) -> Tensor:
         # float32 first, as the official data pipeline does.
         views = batch.pixels.float() / torch.tensor(255, dtype=torch.float32)
         return views.flatten(0, 1).to(dtype)
 
-    optimizer = strategy.prepare(model, make_optimizer)
+    strategy.prepare(
+        model,
+        partial(
+            build_optimizer, recipe.optimizer, kinds=kinds, learning_rate=plan.peak_learning_rate
+        ),
+    )
     losses: list[dict[str, float]] = []
     gradients: State = {}
     states = [renamed(model.state_dict(), names)]
     for step, rate in enumerate(official.values["lr"].tolist()):
-        set_learning_rate(optimizer, rate)
+        strategy.set_learning_rate(rate)
         found = compute_gradients(
             objective,
             batch_of(official, step),

@@ -56,7 +56,7 @@ def names_where(optimizer, key):
     ],
 )
 def test_groups(kind, decayed, adapted):
-    optimizer = build_optimizer(SECTIONS[kind], parameters(), KINDS, 0.25)
+    optimizer = build_optimizer(SECTIONS[kind], parameters(), kinds=KINDS, learning_rate=0.25)
     assert names_where(optimizer, "weight_decay") == decayed
     assert names_where(optimizer, "adapt") == adapted
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
@@ -67,7 +67,7 @@ def test_the_classifier_under_lars_moves_by_plain_momentum_sgd():
     trained = parameters()
     weight = trained["classifier.weight"]
     expected, buffer = weight.detach().clone(), torch.zeros(3, 2)
-    optimizer = build_optimizer(SECTIONS["lars"], trained, KINDS, 0.25)
+    optimizer = build_optimizer(SECTIONS["lars"], trained, kinds=KINDS, learning_rate=0.25)
     for _ in range(3):
         for parameter in trained.values():
             parameter.grad = torch.ones(3, 2)
@@ -81,7 +81,7 @@ def test_sgd_is_nesterov_momentum_with_the_rate_inside():
     trained = parameters()
     weight = trained["bn.weight"]
     expected, buffer = weight.detach().clone(), torch.zeros(3, 2)
-    optimizer = build_optimizer(SECTIONS["sgd"], trained, KINDS, 0.25)
+    optimizer = build_optimizer(SECTIONS["sgd"], trained, kinds=KINDS, learning_rate=0.25)
     for rate in (0.25, 0.125, 0.5):
         set_learning_rate(optimizer, rate)
         for parameter in trained.values():
@@ -94,7 +94,9 @@ def test_sgd_is_nesterov_momentum_with_the_rate_inside():
 
 def test_adam_adds_epsilon_before_the_correction():
     weight = Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = build_optimizer(SECTIONS["adamw"], {"w": weight}, {"w": "norm"}, 0.1)
+    optimizer = build_optimizer(
+        SECTIONS["adamw"], {"w": weight}, kinds={"w": "norm"}, learning_rate=0.1
+    )
     slope, first, second, expected = 1e-6, 0.0, 0.0, 0.0
     for update in (1, 2, 3):
         weight.grad = torch.tensor([slope], dtype=torch.float64)
@@ -108,7 +110,7 @@ def test_adam_adds_epsilon_before_the_correction():
 @pytest.mark.parametrize("kind", sorted(SECTIONS))
 def test_state_has_names_before_the_first_update(kind):
     trained = parameters()
-    optimizer = build_optimizer(SECTIONS[kind], trained, KINDS, 0.25)
+    optimizer = build_optimizer(SECTIONS[kind], trained, kinds=KINDS, learning_rate=0.25)
     keys = ["step", "exp_avg", "exp_avg_sq"] if kind == "adamw" else ["momentum"]
     assert set(optimizer_state(optimizer)) == {f"{key}/{name}" for key in keys for name in trained}
     assert not any(tensor.any() for tensor in optimizer_state(optimizer).values())
@@ -117,12 +119,12 @@ def test_state_has_names_before_the_first_update(kind):
 @pytest.mark.parametrize("kind", sorted(SECTIONS))
 def test_a_restored_optimizer_goes_on_to_the_bit(kind):
     trained = parameters()
-    optimizer = build_optimizer(SECTIONS[kind], trained, KINDS, 0.25)
+    optimizer = build_optimizer(SECTIONS[kind], trained, kinds=KINDS, learning_rate=0.25)
     take_steps(optimizer, trained, seed=1)
     saved = {name: tensor.clone() for name, tensor in optimizer_state(optimizer).items()}
     again = {name: Parameter(p.detach().clone()) for name, p in trained.items()}
     take_steps(optimizer, trained, seed=2)
-    restored = build_optimizer(SECTIONS[kind], again, KINDS, 0.25)
+    restored = build_optimizer(SECTIONS[kind], again, kinds=KINDS, learning_rate=0.25)
     load_optimizer_state(restored, saved)
     take_steps(restored, again, seed=2)
     for name in trained:
@@ -133,7 +135,7 @@ def test_a_restored_optimizer_goes_on_to_the_bit(kind):
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "dtype"])
 def test_state_that_does_not_fit_changes_nothing(kind, damage):
     trained = parameters()
-    optimizer = build_optimizer(SECTIONS[kind], trained, KINDS, 0.25)
+    optimizer = build_optimizer(SECTIONS[kind], trained, kinds=KINDS, learning_rate=0.25)
     take_steps(optimizer, trained, seed=1)
     before = {name: tensor.clone() for name, tensor in optimizer_state(optimizer).items()}
     saved = {name: tensor + 1 for name, tensor in before.items()}

@@ -4,21 +4,21 @@ import math
 
 import pytest
 import torch
-from torch.optim import Optimizer
 
 from bigsimclr.errors import NumericsError
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import SimCLR
+from bigsimclr.parallel.precision import Precision
 from bigsimclr.parallel.single import Single
 from bigsimclr.recipe.sections import ResNetBackbone
 
 
-def prepared(precision: str, device: str = "cpu") -> tuple[Single, SimCLR, Optimizer]:
+def prepared(precision: str, device: str = "cpu") -> tuple[Single, SimCLR]:
     backbone = ResNetBackbone(depth=10, width=1 / 16, stem="cifar")
     model = build_model(Architecture(backbone, None, 3, 0), seed=0)
-    strategy = Single(torch.device(device), precision=precision)
-    optimizer = strategy.prepare(model, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
-    return strategy, model, optimizer
+    strategy = Single(Precision(torch.device(device), precision))
+    strategy.prepare(model, lambda own, **_: torch.optim.SGD(own.values(), lr=0.1))
+    return strategy, model
 
 
 def loss_of(model: SimCLR, factor: float) -> torch.Tensor:
@@ -29,7 +29,7 @@ def loss_of(model: SimCLR, factor: float) -> torch.Tensor:
 
 
 def test_a_non_finite_gradient_stops_before_the_update() -> None:
-    strategy, model, _ = prepared("fp32")
+    strategy, model = prepared("fp32")
     before = {name: p.clone() for name, p in model.named_parameters()}
     strategy.backward(loss_of(model, math.inf))
     with pytest.raises(NumericsError, match="gradient norm is"):
@@ -39,7 +39,7 @@ def test_a_non_finite_gradient_stops_before_the_update() -> None:
 
 
 def test_an_update_returns_the_norm_and_clears_the_gradients() -> None:
-    strategy, model, _ = prepared("fp32")
+    strategy, model = prepared("fp32")
     strategy.backward(loss_of(model, 1.0))
     total = sum(p.grad.double().square().sum() for p in model.parameters() if p.grad is not None)
     update = strategy.update()
@@ -49,7 +49,7 @@ def test_an_update_returns_the_norm_and_clears_the_gradients() -> None:
 
 
 def test_fp16_overflow_skips_the_update_and_lowers_the_scale() -> None:
-    strategy, model, _ = prepared("fp16")
+    strategy, model = prepared("fp16")
     before = {name: p.clone() for name, p in model.named_parameters()}
     strategy.backward(loss_of(model, 1e38))
     scale = strategy.state()["scale"]
@@ -60,20 +60,20 @@ def test_fp16_overflow_skips_the_update_and_lowers_the_scale() -> None:
 
 
 def test_the_loss_scale_survives_a_restart() -> None:
-    strategy, model, _ = prepared("fp16")
+    strategy, model = prepared("fp16")
     for factor in (1e38, 1.0, 1.0):
         strategy.backward(loss_of(model, factor))
         strategy.update()
     state = strategy.state()
-    again, _, _ = prepared("fp16")
+    again, _ = prepared("fp16")
     again.restore(dict(state))
     assert again.state() == state
-    assert state["_growth_tracker"] == 2
+    assert state["finite_updates"] == 2
 
 
 @pytest.mark.gpu
 def test_the_gpu_reports_a_non_finite_gradient_with_the_next_update() -> None:
-    strategy, model, _ = prepared("fp32", "cuda")
+    strategy, model = prepared("fp32", "cuda")
     strategy.backward(loss_of(model, math.inf))
     strategy.update()
     strategy.backward(loss_of(model, 1.0))

@@ -16,6 +16,7 @@ from bigsimclr.errors import CheckpointError, DataError, Stopped
 from bigsimclr.recipe.schema import AnyStage
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.single import run_stage
+from bigsimclr.world import ALONE
 from tests.stages import tiny
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,7 @@ QUEUE = ("loss.queue.length=48", "loss.queue.ema_decay=0.9")
 
 def _run(recipe: AnyStage, directory: Path, progress: Progress) -> None:
     with StopRequest() as stop:
-        run_stage(recipe, directory, progress=progress, stop=stop)
+        run_stage(recipe, directory, world=ALONE, progress=progress, stop=stop)
 
 
 class StopAfter(Progress):

@@ -8,6 +8,7 @@ from bigsimclr.recipe.schema import AnyStage, PipelineRecipe
 from bigsimclr.report.progress import show_progress
 from bigsimclr.stages.result import Result
 from bigsimclr.stages.single import run_stage
+from bigsimclr.world import ALONE
 
 COMMON = """
 data: {kind: digits}
@@ -47,6 +48,7 @@ def run(text: str, directory: Path, *overrides: str) -> Result:
         return run_stage(
             recipe_of(text, *overrides),
             directory,
+            world=ALONE,
             progress=show_progress(enabled=False),
             stop=stop,
         )
