@@ -37,6 +37,8 @@ STACKS_SECONDS: Final = 0.6
 """Seconds to write stacks, and for the others to see the alarm; a dead disk must not hold us."""
 START_ALLOWANCE: Final = 3.0
 """Times `hang_seconds` until every rank has come, and before its third update."""
+START_SECONDS: Final = 120.0
+"""Seconds until the first update, at least: imports and data do not know `hang_seconds`."""
 WINDOW: Final = 50
 """Steps over which the ranks' times are compared."""
 SLOW: Final = 1.5
@@ -79,7 +81,7 @@ class Beat:
     progress: int = 0  # grows with every change of phase
     step: int = 0
     phase: str = "start"
-    allowance: float = START_ALLOWANCE  # times `hang_seconds` that the phase may take
+    patience: float = START_SECONDS  # seconds that the phase may take
     waiting: bool = False  # whether it is inside a call that waits for other ranks
     steps: int = 0  # whose time was measured
     median: float = 0.0  # of the last steps' computing, seconds
@@ -102,6 +104,7 @@ class Judge:
 
     def __init__(self, size: int, hang_seconds: float) -> None:
         self._hang_seconds = hang_seconds
+        self._start_seconds = max(START_SECONDS, START_ALLOWANCE * hang_seconds)
         self._last: list[Beat | None] = [None] * size
         self._heard = [0.0] * size  # when its beat was last seen to change
         self._moved = 0.0  # when any rank was last seen to progress
@@ -127,7 +130,7 @@ class Judge:
         for rank in working:
             beat, seconds = self._last[rank], now - self._heard[rank]
             if beat is None:
-                if seconds >= self._hang_seconds * START_ALLOWANCE:
+                if seconds >= self._start_seconds:
                     return f"rank {rank} has not started in {seconds:.1f} s"
             elif seconds >= self._hang_seconds:
                 ended = f", and ended with {beat.ended}" if beat.ended else ""
@@ -140,8 +143,8 @@ class Judge:
     def _stuck(self, working: Sequence[int], now: float) -> str | None:
         beats = {rank: beat for rank in working if (beat := self._last[rank]) is not None}
         seconds = now - self._moved
-        allowance = max(beat.allowance for beat in beats.values())
-        if len(beats) < len(working) or seconds < self._hang_seconds * allowance:
+        patience = max(beat.patience for beat in beats.values())
+        if len(beats) < len(working) or seconds < patience:
             return None
         # Who waits for others is not to blame; among equals, who does not wait.
         behind = min((beat.progress, beat.waiting) for beat in beats.values())
@@ -182,7 +185,8 @@ class Pulse:
         self._rank, self._size = rank, size
         self._hang_seconds = hang_seconds
         self._stacks = stacks
-        self._own = Beat(host=platform.node(), pid=os.getpid())
+        patience = max(START_SECONDS, START_ALLOWANCE * hang_seconds)
+        self._own = Beat(host=platform.node(), pid=os.getpid(), patience=patience)
         self._seconds: deque[float] = deque(maxlen=WINDOW)
         self._first: int | None = None  # the step that this process began with
         self._steps = 0
@@ -206,7 +210,11 @@ class Pulse:
         if step < self._first + 2:
             allowance = max(allowance, START_ALLOWANCE)
         self._own = replace(
-            own, phase=phase, step=step, allowance=allowance, progress=own.progress + 1
+            own,
+            phase=phase,
+            step=step,
+            patience=allowance * self._hang_seconds,
+            progress=own.progress + 1,
         )
 
     def step_took(self, seconds: float) -> None:

@@ -15,7 +15,7 @@ from tests.launch.jobs import job, seconds_until_gone
 
 MANY = 100_000  # steps: until something happens
 HANG = 10.0  # seconds, of the judge
-FINE = Beat(host="h", pid=7, count=1, progress=5, step=3, phase="forward", allowance=1.0)
+FINE = Beat(host="h", pid=7, count=1, progress=5, step=3, phase="forward", patience=HANG)
 
 
 def later(beat: Beat, count: int) -> Beat:
@@ -71,7 +71,7 @@ def test_none_is_named_where_all_are_alike() -> None:
 
 def test_a_phase_may_take_longer() -> None:
     judge = Judge(2, HANG)
-    saves = replace(FINE, phase="save", allowance=3.0)
+    saves = replace(FINE, phase="save", patience=30.0)
     for now in range(30):
         assert judge.verdict([later(FINE, now), later(saves, now)], now) is None
     assert judge.verdict([later(FINE, 30), later(saves, 30)], 30) is not None
@@ -96,17 +96,17 @@ def test_an_error_that_ended_a_rank_is_told() -> None:
 
 def test_a_rank_that_never_came_is_named_later() -> None:
     judge = Judge(2, HANG)
-    assert judge.verdict([later(FINE, 1), None], 29.0) is None
-    assert judge.verdict([later(FINE, 2), None], 30.0) == "rank 1 has not started in 30.0 s"
+    assert judge.verdict([later(FINE, 1), None], 119.0) is None
+    assert judge.verdict([later(FINE, 2), None], 120.0) == "rank 1 has not started in 120.0 s"
 
 
 def test_the_first_two_updates_may_take_longer(tmp_path: Path) -> None:
     pulse = Pulse(None, 0, 1, hang_seconds=0.1, stacks=tmp_path / "stacks")
-    allowances = []
+    patience = [pulse._own.patience]
     for step in (5, 6, 7):
         pulse.at("data", step)
-        allowances.append(pulse._own.allowance)
-    assert allowances == [3.0, 3.0, 1.0]
+        patience.append(pulse._own.patience)
+    assert patience == pytest.approx([120, 0.3, 0.3, 0.1])
 
 
 def test_one_process_has_no_watch(tmp_path: Path) -> None:
