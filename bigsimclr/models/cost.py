@@ -65,9 +65,7 @@ class Cost:
     classifier: Part
     largest_activation_bytes: int  # of one view, kept or not
     largest_block_parameters: int  # of the residual block that has most
-    again_bytes: (
-        int  # most that computing stem or block again adds to the kept activations, per view
-    )
+    again_bytes: int  # at most; what computing stem or block again adds to the kept, per view
     again_flops: int  # of what is computed again for one view, in the backward pass
 
     @property

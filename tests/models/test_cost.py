@@ -262,8 +262,7 @@ def test_activations_of_16_bits_that_are_kept_all_the_same(
 @pytest.mark.parametrize("selective_kernel", [False, True])
 @pytest.mark.parametrize("memory", ["selective", "block"])
 def test_the_peak_while_a_block_is_computed_again(memory: Memory, selective_kernel: bool) -> None:
-    # So wide that what lives between the two passes is least of it.
-    architecture = network(18, 1.0, selective_kernel, classes=None)
+    architecture = network(50, 1.0, selective_kernel, classes=None)
     with torch.device("meta"):
         model = build_model(architecture, seed=0).train()
     save_memory(model, memory)
