@@ -15,10 +15,10 @@ CIFAR10 ?= data/cifar10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check lint test fix storm bench docs gpu-check gpu-cifar clean
+.PHONY: help setup demo check lint test fix storm storm-ranks bench docs gpu-check gpu-cifar clean
 
 help: ## Print this table
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv and install the package with its tools; redone when pyproject.toml changes
 
@@ -55,6 +55,9 @@ fix: setup ## Repair what ruff can repair, and format
 
 storm: setup ## Kill and stop a tiny run many times and compare its weights with an undisturbed run
 	@$(BIN)/python -m benchmarks.storm --kills 20 --terms 20 -o benchmarks/results/storm.json
+
+storm-ranks: setup ## Kill and freeze single ranks of a tiny run, on 2, 3 and 4 of them
+	@$(BIN)/python -m benchmarks.storm_ranks --kills 20 --stops 7 -o benchmarks/results/storm_ranks.json
 
 bench: setup ## Time and memory of the loss, side by side with others; the digits pipeline
 	@$(INSTALL) --no-deps $(LIGHTLY)
