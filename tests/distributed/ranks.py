@@ -17,7 +17,9 @@ Result = TypeVar("Result")
 SECONDS = 120
 
 
-def on_ranks(size: int, function: Callable[[World], Result]) -> list[Result]:
+def on_ranks(
+    size: int, function: Callable[[World], Result], *, seconds: int = SECONDS
+) -> list[Result]:
     """Return what the function returns on each rank; it must be importable, or a partial of one.
 
     Tensors come back as they are; a rank that fails shows its traceback.
@@ -35,7 +37,7 @@ def on_ranks(size: int, function: Callable[[World], Result]) -> list[Result]:
         ends.append(here)
         processes.append(process)
     try:
-        answers = [_answer(end, rank) for rank, end in enumerate(ends)]
+        answers = [_answer(end, rank, seconds) for rank, end in enumerate(ends)]
     finally:
         for process in processes:
             process.join(timeout=10)
@@ -46,9 +48,9 @@ def on_ranks(size: int, function: Callable[[World], Result]) -> list[Result]:
     return [result for _, result in answers]
 
 
-def _answer(end: Connection, rank: int) -> tuple[bool, object]:
-    if not end.poll(SECONDS):
-        return False, f"rank {rank} gave no answer in {SECONDS} s"
+def _answer(end: Connection, rank: int, seconds: int) -> tuple[bool, object]:
+    if not end.poll(seconds):
+        return False, f"rank {rank} gave no answer in {seconds} s"
     try:
         return end.recv()
     except EOFError:
