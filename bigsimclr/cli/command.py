@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 from typing_extensions import override
 
-from bigsimclr.errors import BigSimCLRError, Stopped
+from bigsimclr.errors import BigSimCLRError, Elsewhere, Stopped
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name from `recipes ls`.")
@@ -40,6 +40,8 @@ def tell(error: BaseException) -> int:
     """Print what happened on standard error and return the exit code."""
     code = 1
     match error:
+        case Elsewhere():
+            lines, code = [], error.exit_code
         case Stopped():
             lines, code = [f"stopped: {error}"], error.exit_code
         case BigSimCLRError():

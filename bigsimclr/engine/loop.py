@@ -113,14 +113,14 @@ def train(run: Run, *, resume: Checkpoint | None, stop: StopRequest, report: Rep
         losses, update, rate = _update(run, batch, progress.step, saver.newest)
         progress.step += 1
         last = progress.step == plan.steps
-        if last or progress.step % run.intervals.record == 0:
+        recorded = last or progress.step % run.intervals.record == 0
+        if recorded:
             progress.losses = _numbers(losses, update, world) | {"train/learning_rate": rate}
-            window.end()
+        pulse.step_took(window.end())
+        if recorded:
             progress.losses |= window.rates(plan.global_batch)
             report(progress.step * plan.global_batch, progress.step, progress.losses)
             window = _Window()
-        else:
-            window.end()
         if last or _due(progress.step, run.intervals.checkpoint):
             _begin_save(run, progress, started)
         if last or all(world.numbers(int(saver.is_written))):
@@ -154,16 +154,23 @@ class _Window:
     def __init__(self) -> None:
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         self._began = time.perf_counter()
+        self._own = 0.0  # seconds of the step in progress that no other rank can have caused
 
     def begin(self) -> None:
         self._began = time.perf_counter()
 
     def waited(self) -> None:
-        self._waited += time.perf_counter() - self._began
+        """End the wait for data."""
+        wait = time.perf_counter() - self._began
+        self._waited += wait
+        # A rank that waits for others computes nothing.
+        self._own = wait - time.process_time()
 
-    def end(self) -> None:
+    def end(self) -> float:
+        """End a step, and return the seconds that it took on this rank's own account."""
         self._seconds += time.perf_counter() - self._began
         self._steps += 1
+        return self._own + time.process_time()
 
     def rates(self, global_batch: int) -> dict[str, float]:
         return {

@@ -144,6 +144,11 @@ def share_batch_norm(model: nn.Module, world: World) -> None:
             module.world = world
 
 
+def shared_batch_norms(model: nn.Module) -> dict[BatchNorm, World]:
+    """Return every `BatchNorm` in `model` with the ranks that share its statistics."""
+    return {module: module.world for module in model.modules() if isinstance(module, BatchNorm)}
+
+
 @torch.no_grad()
 def _global_statistics(
     inputs: Tensor,  # [N, C] or [N, C, H, W]

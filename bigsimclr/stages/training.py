@@ -24,6 +24,7 @@ from bigsimclr.recipe.plan import Plan, make_plan
 from bigsimclr.recipe.schema import AnyTraining
 from bigsimclr.report.progress import Progress
 from bigsimclr.report.records import Records, read_records
+from bigsimclr.stages.fitting import fitting_micro_batch
 from bigsimclr.stages.inputs import Inputs
 from bigsimclr.stages.load import Loaded
 from bigsimclr.stages.run_directory import (
@@ -74,12 +75,19 @@ def run_training(
     """
     model = task.objective.model
     save_memory(model, recipe.parallel.memory)
-    plan = plan_of(recipe, task.inputs, world)
-    strategy = build_strategy(recipe.parallel, world)
-    strategy.prepare(model, _optimizer_maker(recipe, model, plan))
     world.check_same("images, labels or parent", json.dumps(_origins(task)))
     directory = run.directory
     resume = _newest(directory, world)
+    plan = make_plan(
+        recipe,
+        examples=len(task.inputs.indices),
+        world_size=world.size,
+        micro_batch=fitting_micro_batch(
+            recipe, task.objective, resume, views=task.views, world=world
+        ),
+    )
+    strategy = build_strategy(recipe.parallel, world)
+    strategy.prepare(model, _optimizer_maker(recipe, model, plan))
     with world.together():
         if resume is not None:
             check_same_recipe(recipe, resume.facts["recipe"], directory.path)
@@ -205,6 +213,7 @@ def _assemble(
             "origins": _origins(task),
             "architecture": task.architecture.to_json(),
             "classes": list(task.classes),
+            "micro_batch": plan.micro_batch,
         },
     )
 
