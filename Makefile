@@ -10,6 +10,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
 # Only its loss is used, which needs none of what lightly brings along.
 LIGHTLY := 'lightly>=1.5.20'
+# Built beside torch, which its own environment for building would lack.
+DEEPSPEED := deepspeed==0.19.8
+DEEPSPEED_NEEDS := wheel setuptools py-cpuinfo hjson msgpack einops tqdm psutil ninja packaging
 DEMO := runs/digits
 CIFAR10 ?= data/cifar10
 
@@ -31,6 +34,8 @@ $(STAMP): pyproject.toml
 	@echo "setup: installing torch $(TORCH), then the rest into $(VENV)"
 	@$(INSTALL) 'torch==$(TORCH)'
 	@$(INSTALL) --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	@$(INSTALL) --constraint $(VENV)/constraints.txt $(DEEPSPEED_NEEDS)
+	@DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation --no-deps $(DEEPSPEED)
 	@touch $@
 
 demo: setup ## Run the whole chain on real digits: pretrain, fine-tune, distil, report

@@ -339,3 +339,8 @@ def use_device(
     torch.cuda.set_device(number)
     logger.info("device: cuda:%d", number)
     return replace(world, device=torch.device("cuda", number))
+
+
+def name_device(device: torch.device) -> None:
+    """Say in the environment which device this rank took, for libraries that look there."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # noqa: TID251 - allowed here

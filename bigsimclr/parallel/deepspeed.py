@@ -13,7 +13,6 @@ Source: Rajbhandari et al. 2020, arXiv 1910.02054 (stages 1 to 3).
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -38,7 +37,7 @@ from bigsimclr.parallel.ddp import BUCKET_BYTES, copy_from_first
 from bigsimclr.parallel.precision import Precision
 from bigsimclr.parallel.shards import Part, Shards
 from bigsimclr.parallel.single import trained
-from bigsimclr.world import World
+from bigsimclr.world import World, name_device
 
 # DeepSpeed announces the device it has found while it is imported.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -112,11 +111,11 @@ class DeepSpeedZero:
         self._prepared = _Prepared(engine, parts, places, touched, whole, shards)
 
     def _start(self, model: SimCLR) -> Any:
-        # DeepSpeed wants a process group even for one process, and this variable in any case.
+        # DeepSpeed wants a process group even for one process, and its device's number.
         if not dist.is_initialized():
             backend = "nccl" if self._world.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", str(self._world.device.index or 0))  # noqa: TID251 - see above
+        name_device(self._world.device)
         clock = _Clock(list(trained(model).values()), self._step)
         engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=clock, config=_config(self._stage, offload=self._offload)
