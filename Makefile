@@ -18,7 +18,7 @@ CIFAR10 ?= data/cifar10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check lint test fix storm storm-ranks bench docs gpu-check gpu-cifar clean
+.PHONY: help setup demo check lint test fix storm storm-ranks scaling bench docs gpu-check gpu-cifar clean
 
 help: ## Print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ storm: setup ## Kill and stop a tiny run many times and compare its weights with
 
 storm-ranks: setup ## Kill and freeze single ranks of a tiny run, on 2, 3 and 4 of them
 	@$(BIN)/python -m benchmarks.storm_ranks --kills 20 --stops 7 -o benchmarks/results/storm_ranks.json
+
+scaling: setup ## Throughput on 1, 2, ... ranks of this machine; a model of many GPUs beside it
+	@$(BIN)/python -m benchmarks.scaling -o benchmarks/results/scaling.json
 
 bench: setup ## Time and memory of the loss, side by side with others; the digits pipeline
 	@$(INSTALL) --no-deps $(LIGHTLY)
