@@ -17,6 +17,7 @@ from bigsimclr.engine.saving import Saver, Shares
 from bigsimclr.engine.step import compute_gradients
 from bigsimclr.engine.stop import Interrupted, StopRequest
 from bigsimclr.errors import CheckpointError, NumericsError, Stopped
+from bigsimclr.models.norm import average_running_statistics
 from bigsimclr.optim.schedule import warmup_cosine
 from bigsimclr.parallel import Strategy, Update
 from bigsimclr.recipe.plan import Plan
@@ -140,6 +141,7 @@ def _evaluate(
     run: Run, progress: Progress, started: float, stop: StopRequest, report: Report
 ) -> None:
     run.pulse.at("evaluate", progress.step, allowance=SLOW_PHASE)
+    average_running_statistics(run.objective.model, run.world)
     try:
         progress.values = dict(run.evaluate())
     except Interrupted:
@@ -236,6 +238,7 @@ def _numbers(losses: Losses, update: Update, world: World) -> dict[str, float]:
 
 def _begin_save(run: Run, progress: Progress, started: float) -> None:
     run.pulse.at("save", progress.step, allowance=SLOW_PHASE)
+    average_running_statistics(run.objective.model, run.world)
     progress.seconds = time.monotonic() - started
     shares = Shares(run.world)
     # What is whole only one after the other must not stay on the device.

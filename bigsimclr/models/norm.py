@@ -150,6 +150,19 @@ def shared_batch_norms(model: nn.Module) -> dict[BatchNorm, World]:
 
 
 @torch.no_grad()
+def average_running_statistics(model: nn.Module, world: World) -> None:
+    """Give all ranks one set of running statistics, where groups of them have their own.
+
+    Running statistics are averages over time; the mean over groups is that of all their batches.
+    Those of a frozen batch norm, in evaluation mode, are alike already.
+    """
+    for module in model.modules():
+        if isinstance(module, BatchNorm) and module.training and module.world.size < world.size:
+            for statistics in (module.running_mean, module.running_var):
+                statistics.copy_(world.total(statistics) / world.size)
+
+
+@torch.no_grad()
 def _global_statistics(
     inputs: Tensor,  # [N, C] or [N, C, H, W]
     world: World,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bigsimclr.losses.nt_xent import contrastive_metrics, nt_xent
-from bigsimclr.models.norm import BatchNorm, share_batch_norm
+from bigsimclr.models.norm import BatchNorm, average_running_statistics, share_batch_norm
 from bigsimclr.world import ALONE, World
 from tests.distributed.ranks import on_ranks
 
@@ -127,3 +127,36 @@ def test_batch_norm_of_all_ranks(
         else:
             found = torch.stack(values).sum(0)
         assert worst(found, exact(expected)) < 1e-11, name
+
+
+def group_norm_of(world: World, *, size: int) -> dict[str, list]:
+    """Share statistics in groups; then agree on the running ones."""
+    norm = BatchNorm(3).double()
+    share_batch_norm(norm, world.neighbours(size))
+    inputs = share(drawn(12, 3, seed=6), world).requires_grad_()
+    (norm(inputs) * share(drawn(12, 3, seed=7), world)).sum().backward()
+    own = norm.running_var.clone()
+    average_running_statistics(norm, world)
+    assert inputs.grad is not None
+    found = {"inputs": inputs.grad, "own": own, "running_var": norm.running_var}
+    return {name: value.tolist() for name, value in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_batch_norm_of_groups_of_ranks(size: int) -> None:
+    parts = on_ranks(4, partial(group_norm_of, size=size))
+    gradients, variances = [], []
+    for piece, upstream in zip(
+        drawn(12, 3, seed=6).chunk(4 // size), drawn(12, 3, seed=7).chunk(4 // size), strict=True
+    ):
+        alone, rows = BatchNorm(3).double(), piece.clone().requires_grad_()
+        (alone(rows) * upstream).sum().backward()
+        gradients.append(rows.grad)
+        variances.append(alone.running_var)
+    assert (
+        worst(exact([part["inputs"] for part in parts]).flatten(0, 1), torch.cat(gradients)) < 1e-12
+    )
+    for rank, part in enumerate(parts):
+        assert worst(exact(part["own"]), variances[rank // size]) < 1e-12
+        assert worst(exact(part["running_var"]), torch.stack(variances).mean(0)) < 1e-12
