@@ -51,8 +51,8 @@ lint: setup
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-test: lint ## Everything CI runs: check, and every test that needs no GPU
-	@$(BIN)/python -m pytest -q -m "not gpu"
+test: lint ## Everything CI runs: check, and all tests but those of minutes or a GPU
+	@$(BIN)/python -m pytest -q -m "not gpu and not long"
 
 fix: setup ## Repair what ruff can repair, and format
 	@$(BIN)/ruff check --fix .
@@ -61,7 +61,8 @@ fix: setup ## Repair what ruff can repair, and format
 storm: setup ## Kill and stop a tiny run many times and compare its weights with an undisturbed run
 	@$(BIN)/python -m benchmarks.storm --kills 20 --terms 20 -o benchmarks/results/storm.json
 
-storm-ranks: setup ## Kill and freeze single ranks of a tiny run, on 2, 3 and 4 of them
+storm-ranks: setup ## The long tests of several ranks; then kill and freeze single ones of 2, 3 and 4
+	@$(BIN)/python -m pytest -q -m "long and not gpu"
 	@$(BIN)/python -m benchmarks.storm_ranks --kills 20 --stops 7 -o benchmarks/results/storm_ranks.json
 
 scaling: setup ## Throughput on 1, 2, ... ranks of this machine; a model of many GPUs beside it

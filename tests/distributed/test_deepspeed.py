@@ -284,7 +284,7 @@ def everything(world: World) -> Everything:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.long)])
 def ranks(request: pytest.FixtureRequest) -> list[Everything]:
     return on_ranks(request.param, everything, seconds=SECONDS)
 

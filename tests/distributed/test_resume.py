@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,9 +29,21 @@ from tests.stages import tiny
 
 pytestmark = pytest.mark.slow
 
-STRATEGIES = ["ddp", "zero1", "fsdp2"]
-if find_spec("deepspeed") is not None:
-    STRATEGIES += ["deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]
+OURS = ("ddp", "zero1", "fsdp2")
+ALL = (*OURS, "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3")
+STRATEGIES = [
+    pytest.param(OURS, id="ours"),
+    pytest.param(
+        ALL,
+        id="all",
+        marks=[
+            pytest.mark.long,
+            pytest.mark.skipif(
+                find_spec("deepspeed") is None, reason="the extra `deepspeed` is missing"
+            ),
+        ],
+    ),
+]
 
 STEPS, IMAGES = 20, 96
 RECIPE = f"""
@@ -116,11 +128,11 @@ def assert_loaded_exactly(world: World, folder: Path, strategy: str, saved: Chec
         assert torch.equal(tensor, saved.tensors["optimizer"][name]), name
 
 
-def run_all_pairs(world: World, folder: Path) -> list[str]:
+def run_all_pairs(world: World, folder: Path, strategies: Sequence[str]) -> list[str]:
     """Stop under each strategy, and go on under each."""
-    for source in STRATEGIES:
+    for source in strategies:
         run(world, folder, source, source, STEPS // 2)
-    for source, target in itertools.product(STRATEGIES, STRATEGIES):
+    for source, target in itertools.product(strategies, strategies):
         pair = f"{source}-{target}"
         if world.rank == 0:
             shutil.copytree(folder / source, folder / pair)
@@ -130,8 +142,8 @@ def run_all_pairs(world: World, folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if "-" in path.name)
 
 
-def run_straight_and_stopped(world: World, folder: Path) -> None:
-    for strategy in STRATEGIES:
+def run_straight_and_stopped(world: World, folder: Path, strategies: Sequence[str]) -> None:
+    for strategy in strategies:
         run(world, folder, f"straight/{strategy}", strategy)
         run(world, folder, f"stopped/{strategy}", strategy, STEPS // 2)
         run(world, folder, f"stopped/{strategy}", strategy)
@@ -159,19 +171,32 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return newest(folder / "run")
 
 
-def test_every_strategy_continues_every_other(tmp_path: Path, uninterrupted: Checkpoint) -> None:
+@pytest.mark.parametrize("strategies", STRATEGIES)
+def test_every_strategy_continues_every_other(
+    strategies: Sequence[str], tmp_path: Path, uninterrupted: Checkpoint
+) -> None:
     write_images(tmp_path / "images.npz")
-    pairs, _ = on_ranks(2, partial(run_all_pairs, folder=tmp_path), seconds=900)
-    assert len(pairs) == len(STRATEGIES) ** 2
+    pairs, _ = on_ranks(
+        2, partial(run_all_pairs, folder=tmp_path, strategies=strategies), seconds=900
+    )
+    assert len(pairs) == len(strategies) ** 2
     for pair in pairs:
         assert_close(newest(tmp_path / pair), uninterrupted, 1e-5)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_the_same_ranks_continue_to_the_bit(size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategies", STRATEGIES)
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(2, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)],
+)
+def test_the_same_ranks_continue_to_the_bit(
+    size: int, strategies: Sequence[str], tmp_path: Path
+) -> None:
     write_images(tmp_path / "images.npz")
-    on_ranks(size, partial(run_straight_and_stopped, folder=tmp_path), seconds=900)
-    for strategy in STRATEGIES:
+    on_ranks(
+        size, partial(run_straight_and_stopped, folder=tmp_path, strategies=strategies), seconds=900
+    )
+    for strategy in strategies:
         stopped = flat(newest(tmp_path / "stopped" / strategy))
         for name, tensor in flat(newest(tmp_path / "straight" / strategy)).items():
             assert torch.equal(stopped[name], tensor), (strategy, name)

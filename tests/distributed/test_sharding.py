@@ -58,6 +58,7 @@ def biggest_under_zero3(world: World) -> tuple[int, int]:
     return own, sum(parameter.ds_numel for parameter in model.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="the extra `deepspeed` is missing")
 def test_zero3_shards_the_biggest_network_from_the_meta_device() -> None:
     parts = on_ranks(2, biggest_under_zero3, seconds=300)

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 STEPS, IMAGES, SIDE, WIDTH = 20, 24, 8, 16
 BUCKETS = 100_000  # bytes: the little network has several
 PEAK_RATE = 0.02
-SIZES = [2, 3, 4]
+SIZES = [pytest.param(2, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)]
 
 
 def pixels(step: int) -> Tensor:

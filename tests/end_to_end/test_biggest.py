@@ -51,6 +51,7 @@ def test_its_size() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_pretraining_step() -> None:
     if not Path("/proc/meminfo").exists():
         pytest.skip("available memory is read from /proc/meminfo")
