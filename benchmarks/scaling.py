@@ -5,7 +5,8 @@
 *Measured*: real pretraining runs of the command, on digits, in processes of one thread each. Weak
 scaling keeps the batch of a rank, strong scaling that of the update. Every round runs every case
 once, in turns, so that a busy moment of the machine meets all of them. Efficiency is throughput
-over that of as many single ranks. Ranks beyond the cores share them, and are marked.
+over that of as many single processes, each alone, which train plainly whatever the strategy. Ranks
+beyond the cores share them, and are marked.
 
 *Model*, no measurement: seconds of one update from counts of FLOPs, bytes and messages
 (`bigsimclr.models.cost`) and from assumed speeds, all constants below. A collective costs
@@ -296,11 +297,14 @@ class Case:
         return BATCH * self.ranks if self.scaling == "weak" else BATCH
 
 
+SINGLE: Final = Case("ddp", "single", 1)
+"""Plain training, which every other case is compared with."""
+
+
 def cases(ranks: list[int]) -> list[Case]:
-    """List what is run, single ranks included."""
-    found = []
+    """List what is run, the single process first."""
+    found = [SINGLE]
     for strategy in STRATEGIES:
-        found.append(Case(strategy, "single", 1))
         for number in ranks:
             if number > 1:
                 found += [Case(strategy, "weak", number), Case(strategy, "strong", number)]
@@ -336,8 +340,7 @@ def measure(ranks: list[int], steps: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     print(f"{'strategy':>8} {'scaling':>7} {'ranks':>5} {'img/s':>8} {'spread':>6} {'eff.':>5}")
     for case, found in rates.items():
-        alone = medians[Case(case.strategy, "single", 1)]
-        share = medians[case] / (case.ranks * alone)
+        share = medians[case] / (case.ranks * medians[SINGLE])
         spread = (max(found) - min(found)) / medians[case]
         rows.append(
             {
