@@ -109,7 +109,7 @@ def run_training(
 
     loader = task.inputs.loader(recipe, views=task.views)
     try:
-        with _explained_memory(plan):
+        with _explained_memory(recipe, plan):
             return train(
                 _assemble(recipe, task, plan=plan, loader=loader, strategy=strategy, run=run),
                 resume=resume,
@@ -156,17 +156,20 @@ def _origins(task: Task) -> dict[str, str | None]:
 
 
 @contextmanager
-def _explained_memory(plan: Plan) -> Iterator[None]:
+def _explained_memory(recipe: AnyTraining, plan: Plan) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         smaller = (n for n in range(plan.micro_batch // 2, 0, -1) if plan.rank_batch % n == 0)
+        advice = f"batch.micro_batch={next(smaller, 1)} takes less for the same global batch "
+        advice += "(in a new --out if this run has a checkpoint)"
+        if recipe.parallel.memory != "block":
+            advice = f"parallel.memory=block takes less, with the same results; {advice}"
         raise RecipeError(
             f"batch.micro_batch: out of memory with {plan.micro_batch} images per forward pass; "
-            f"batch.micro_batch={next(smaller, 1)} takes less for the same global batch "
-            "(in a new --out if this run has a checkpoint)"
+            f"{advice}"
         ) from error
 
 

@@ -149,9 +149,14 @@ def run_straight_and_stopped(world: World, folder: Path, strategies: Sequence[st
         run(world, folder, f"stopped/{strategy}", strategy)
 
 
-def assert_close(found: Checkpoint, expected: Checkpoint, tolerance: float) -> None:
+def assert_close(
+    found: Checkpoint,
+    expected: Checkpoint,
+    tolerance: float,
+    sections: Sequence[str] = ("model", "averaged"),
+) -> None:
     assert found.examples == expected.examples
-    for section in ("model", "averaged"):
+    for section in sections:
         ours, theirs = found.tensors[section], expected.tensors[section]
         assert ours.keys() == theirs.keys()
         moved = torch.stack([(ours[n].double() - theirs[n].double()).norm() for n in theirs])

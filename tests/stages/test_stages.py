@@ -12,6 +12,7 @@ from PIL import Image
 from bigsimclr.engine.checkpoint import newest_checkpoint
 from bigsimclr.errors import CheckpointError, DataError, RecipeError, StorageError
 from bigsimclr.recipe.plan import make_plan
+from bigsimclr.recipe.schema import PretrainRecipe
 from bigsimclr.stages.embed import embed, embed_to_file, predict_to_file
 from bigsimclr.stages.load import load_network
 from bigsimclr.stages.training import _explained_memory
@@ -244,10 +245,13 @@ def test_paths_mean_the_same_in_any_directory(
 
 
 def test_out_of_memory_names_a_smaller_micro_batch() -> None:
-    plan = make_plan(tiny.recipe_of(tiny.PRETRAIN), examples=64)
-    with pytest.raises(RecipeError, match=r"batch\.micro_batch=16"), _explained_memory(plan):
+    recipe = tiny.recipe_of(tiny.PRETRAIN)
+    assert isinstance(recipe, PretrainRecipe)
+    plan = make_plan(recipe, examples=64)
+    expected = r"parallel\.memory=block takes less.*batch\.micro_batch=16"
+    with pytest.raises(RecipeError, match=expected), _explained_memory(recipe, plan):
         torch.empty(1 << 50)
-    with pytest.raises(RuntimeError, match="shapes"), _explained_memory(plan):
+    with pytest.raises(RuntimeError, match="shapes"), _explained_memory(recipe, plan):
         torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
