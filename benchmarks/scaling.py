@@ -59,7 +59,7 @@ backbone: {{depth: 18, width: 0.5, stem: cifar}}
 head: {{layers: 3, output_width: 64}}
 loss: {{kind: nt_xent, temperature: 0.5}}
 optimizer: {{kind: lars, learning_rate: 0.1}}
-schedule: {{steps: {steps}, warmup_epochs: 0.2}}
+schedule: {{steps: {steps}}}
 batch: {{global_batch: {batch}}}
 parallel: {{device: cpu, cpu_threads: 1}}
 probe: {{linear: false}}
