@@ -111,7 +111,7 @@ def train(run: Run, *, resume: Checkpoint | None, stop: StopRequest, report: Rep
             batch = next(batches)
         window.waited()
         pulse.at("update", progress.step)
-        losses, update, rate = _update(run, batch, progress.step, saver.newest)
+        losses, update, rate = _update(run, batch, progress.step)
         progress.step += 1
         last = progress.step == plan.steps
         recorded = last or progress.step % run.intervals.record == 0
@@ -195,7 +195,7 @@ def _due(step: int, interval: int | None) -> bool:
     return interval is not None and step > 0 and step % interval == 0
 
 
-def _update(run: Run, batch: Batch, step: int, saved: Path | None) -> tuple[Losses, Update, float]:
+def _update(run: Run, batch: Batch, step: int) -> tuple[Losses, Update, float]:
     plan = run.plan
     rate = plan.peak_learning_rate * warmup_cosine(
         step, warmup_steps=plan.warmup_steps, total_steps=plan.steps
@@ -212,6 +212,7 @@ def _update(run: Run, batch: Batch, step: int, saved: Path | None) -> tuple[Loss
         )
         update = run.strategy.update()
     except NumericsError as error:
+        saved = run.saver.finish()  # a save in progress holds an earlier, finite state
         where = f"last good checkpoint: {saved}" if saved is not None else "no checkpoint yet"
         raise NumericsError(
             f"step {step}: {error}; {where}. Try a lower optimizer.learning_rate or "

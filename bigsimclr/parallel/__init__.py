@@ -115,7 +115,7 @@ def build_strategy(section: "ParallelSection", world: "World") -> Strategy:
 
     precision = Precision(world.device, section.precision)
     match section.strategy:
-        case "ddp" if world.size == 1:
+        case "ddp" | "zero1" | "fsdp2" if world.size == 1:  # there is nobody to share with
             from bigsimclr.parallel.single import Single
 
             return Single(precision)

@@ -8,9 +8,12 @@ import torch
 from bigsimclr.errors import NumericsError
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.simclr import SimCLR
+from bigsimclr.parallel import build_strategy
 from bigsimclr.parallel.precision import Precision
 from bigsimclr.parallel.single import Single
 from bigsimclr.recipe.sections import ResNetBackbone
+from bigsimclr.recipe.strategies import ParallelSection
+from bigsimclr.world import ALONE
 
 
 def prepared(precision: str, device: str = "cpu") -> tuple[Single, SimCLR]:
@@ -79,3 +82,9 @@ def test_the_gpu_reports_a_non_finite_gradient_with_the_next_update() -> None:
     strategy.backward(loss_of(model, 1.0))
     with pytest.raises(NumericsError, match="gradient norm is"):
         strategy.update()
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1", "fsdp2"])
+def test_one_rank_shares_nothing(name: str) -> None:
+    section = ParallelSection(strategy=name, device="cpu")
+    assert isinstance(build_strategy(section, ALONE), Single)
