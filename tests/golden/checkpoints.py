@@ -20,6 +20,15 @@ def _found(case: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
         if any((case / form).glob("*.index")):
             yield form, case / form
     for archive in case.glob("**/saved_model.tar.gz"):
-        with tarfile.open(archive) as opened:
-            opened.extractall(scratch, filter="data")
+        unpack(archive, scratch)
         yield "saved_model", scratch
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a tar file of our own."""
+    with tarfile.open(archive) as opened:
+        # Python before 3.11.4 knows no filters, and later ones want one named.
+        if hasattr(tarfile, "data_filter"):
+            opened.extractall(folder, filter="data")
+        else:
+            opened.extractall(folder)

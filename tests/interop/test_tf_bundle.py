@@ -2,7 +2,6 @@
 
 import os
 import struct
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from bigsimclr.errors import CheckpointError
 from bigsimclr.interop.tf_bundle import Variable, open_bundle
+from tests.golden.checkpoints import unpack
 from tests.golden.paths import golden_dir
 from tests.interop import write_bundle as write
 
@@ -335,8 +335,7 @@ def test_official_tf1_checkpoints() -> None:
 def test_official_tf2_checkpoints(tmp_path: Path) -> None:
     indices = sorted(golden_dir().glob("ckpt_forward/*/tf2/*.index"))
     for number, archive in enumerate(sorted(golden_dir().glob("ckpt_forward/*/tf2/*.tar.gz"))):
-        with tarfile.open(archive) as opened:
-            opened.extractall(tmp_path / str(number), filter="data")
+        unpack(archive, tmp_path / str(number))
     indices += sorted(tmp_path.rglob("variables.index"))
     assert len(indices) >= 4
     for index in indices:
