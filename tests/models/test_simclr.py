@@ -63,13 +63,14 @@ def test_a_probe_changes_no_gradient_of_the_network() -> None:
     gradients = []
     for described in (architecture(), architecture(classes=None)):
         model = build_model(described, seed=0, probe=True)
-        outputs = model(draw(6, 3, 8, 8))
+        # Of smaller ones only a corner reaches the features, the same for every image.
+        outputs = model(draw(6, 3, 16, 16))
         loss = outputs.projections[-1].pow(3).sum()
         if outputs.logits is not None:
             loss = loss + outputs.logits.square().sum()
         loss.backward()
         gradients.append(model.backbone.conv1.weight.grad)
-    assert gradients[0].any()
+    assert gradients[0].abs().max() > 1e-3
     assert torch.equal(*gradients)
 
 
