@@ -386,19 +386,19 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             storm = Storm(Path(directory), ranks, options.steps, chooser)
             findings[str(ranks)] = storm.strike(options.kills, options.stops)
-    good = all(found.good for found in findings.values())
-    result = {
-        "command": " ".join(["python", "-m", "benchmarks.storm_ranks", *sys.argv[1:]]),
-        "environment": {**environment(), **where},
-        "seconds": round(time.monotonic() - started, 1),
-        "good": good,
-        "ranks": {ranks: asdict(found) for ranks, found in findings.items()},
-    }
-    text = json.dumps(result, indent=1) + "\n"
-    print(text, end="")
-    if options.output is not None:
-        options.output.write_text(text)
-    sys.exit(0 if good else 1)
+        # Written again after each number of ranks: an hour's findings survive a lost machine.
+        result = {
+            "command": " ".join(["python", "-m", "benchmarks.storm_ranks", *sys.argv[1:]]),
+            "environment": {**environment(), **where},
+            "seconds": round(time.monotonic() - started, 1),
+            "good": all(found.good for found in findings.values()),
+            "ranks": {number: asdict(found) for number, found in findings.items()},
+        }
+        text = json.dumps(result, indent=1) + "\n"
+        print(text, end="", flush=True)
+        if options.output is not None:
+            options.output.write_text(text)
+    sys.exit(0 if all(found.good for found in findings.values()) else 1)
 
 
 if __name__ == "__main__":
