@@ -124,7 +124,7 @@ def train(run: Run, *, resume: Checkpoint | None, stop: StopRequest, report: Rep
             window = _Window()
         if last or _due(progress.step, run.intervals.checkpoint):
             _begin_save(run, progress, started)
-        if last or all(world.numbers(int(saver.is_written))):
+        if last or saver.is_written():
             _finish_save(run, progress)
     if saver.newest is None:
         raise AssertionError("a finished run has a checkpoint")

@@ -107,10 +107,12 @@ class Saver:
         self.newest: Path | None = None  # that this saver has published
         self.blocked_seconds = 0.0  # for which the training waited, since it was last asked
 
-    @property
     def is_written(self) -> bool:
-        """Say whether this rank has nothing left to write of a save that is not published yet."""
-        return self._save is not None and not self._save.thread.is_alive()
+        """Say whether a save has begun, and no rank has anything left to write of it."""
+        # Whether one has begun is known alike on all ranks, so that most steps ask nobody.
+        return self._save is not None and all(
+            self._world.numbers(int(not self._save.thread.is_alive()))
+        )
 
     def begin(self, *, examples: int, tensors: Tensors, facts: Mapping[str, object]) -> None:
         """Copy a state and begin to write it; an earlier save is finished first.
@@ -233,18 +235,6 @@ class Saver:
             raise
         except OSError as error:
             raise _unwritable(save.final, save.needed, error) from error
-
-
-def save_checkpoint(
-    root: Path, *, examples: int, tensors: Tensors, facts: Mapping[str, object], keep: int
-) -> Path:
-    """Write one checkpoint from a single process, and wait for it; see `Saver`."""
-    saver = Saver(root, keep=keep)
-    saver.begin(examples=examples, tensors=tensors, facts=facts)
-    path = saver.finish()
-    if path is None:
-        raise AssertionError("what was begun is there")
-    return path
 
 
 def _check_values(tensors: Tensors) -> None:

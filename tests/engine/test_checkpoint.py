@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,12 +20,13 @@ import safetensors.torch
 import torch
 
 from bigsimclr.engine.checkpoint import (
+    Tensors,
     clear_unfinished,
     newest_checkpoint,
     read_checkpoint,
 )
 from bigsimclr.engine.manifest import canonical_json, manifest_json, write_file
-from bigsimclr.engine.saving import save_checkpoint
+from bigsimclr.engine.saving import Saver
 from bigsimclr.errors import CheckpointError, NumericsError, StorageError
 
 FACTS = {"step": 3, "digest": "ab12", "scaler": None, "seconds": 1.5, "architecture": {"depth": 10}}
@@ -37,6 +38,17 @@ def some_tensors(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
         "model": {"conv.weight": torch.randn(4, 3, 3, 3, generator=generator)},
         "optimizer": {"conv.weight/momentum": torch.randn(4, 3, generator=generator)},
     }
+
+
+def save_checkpoint(
+    root: Path, *, examples: int, tensors: Tensors, facts: Mapping[str, object], keep: int
+) -> Path:
+    """Write a checkpoint and wait for it."""
+    saver = Saver(root, keep=keep)
+    saver.begin(examples=examples, tensors=tensors, facts=facts)
+    path = saver.finish()
+    assert path is not None
+    return path
 
 
 def save(root: Path, examples: int, *, keep: int = 2, seed: int | None = None) -> Path:
@@ -406,10 +418,12 @@ def test_a_file_size_limit_is_a_storage_error(tmp_path: Path) -> None:
     program = f"""
 import resource, torch
 from pathlib import Path
-from bigsimclr.engine.saving import save_checkpoint
+from bigsimclr.engine.saving import Saver
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 tensors = {{"model": {{"big": torch.zeros(250_000)}}}}
-save_checkpoint(Path({str(tmp_path)!r}), examples=1, tensors=tensors, facts={{}}, keep=2)
+saver = Saver(Path({str(tmp_path)!r}), keep=2)
+saver.begin(examples=1, tensors=tensors, facts={{}})
+saver.finish()
 """
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
