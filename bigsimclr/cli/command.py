@@ -51,6 +51,6 @@ def tell(error: BaseException) -> int:
         case _:
             what = " ".join(str(error).split())
             lines = [f"error: unexpected {type(error).__name__}: {what}; run again with --debug"]
-    for line in lines:
-        print(f"bigsimclr: {line}", file=sys.stderr)
+    # In one write: several ranks share standard error, unbuffered in many containers.
+    sys.stderr.write("".join(f"bigsimclr: {line}\n" for line in lines))
     return code

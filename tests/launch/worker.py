@@ -71,5 +71,5 @@ if __name__ == "__main__":
             sys.exit(run_command(int(sys.argv[1]), command))
         main()
     except BigSimCLRError as error:
-        print(f"{error}", file=sys.stderr)
+        sys.stderr.write(f"{error}\n")  # in one write, or the lines of two ranks mix
         sys.exit(error.exit_code)
