@@ -29,6 +29,9 @@ class ParallelSection(Section):
     memory: Literal["none", "selective", "block"] = "none"
     """What is computed again in the backward pass instead of kept: nothing; all between the
     convolutions; all inside a residual block. Loss and gradient stay the same."""
+    kernels: Literal["auto", "plain", "triton"] = "auto"
+    """Fused Triton kernels or plain PyTorch, which compute the same functions; auto: fused on a
+    GPU. The log says which."""
     sync_group_size: PositiveInt | None = None
     """Ranks that share their batch norm statistics; null: all of them, so that the number of ranks
     changes nothing."""

@@ -1,0 +1,59 @@
+"""Fused functions for GPUs, written in Triton: the only door to it.
+
+Each file holds one function with its gradient, and names the plain PyTorch code that computes the
+same. Which of the two runs is decided once for a run, by `uses_triton`.
+"""
+
+import logging
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from bigsimclr.errors import MissingExtraError
+
+logger = logging.getLogger(__name__)
+
+Choice = Literal["auto", "plain", "triton"]
+
+
+def uses_triton(choice: Choice, device: torch.device) -> bool:
+    """Say whether a run computes with the fused kernels, and log it.
+
+    Args:
+        choice: auto takes them on a GPU and plain PyTorch elsewhere; the others are orders.
+        device: where the run computes.
+
+    Raises:
+        MissingExtraError: they are ordered by name and cannot run here.
+    """
+    missing = _missing(device)
+    if choice == "triton" and missing:
+        raise MissingExtraError(
+            f"parallel.kernels: triton cannot run here: {missing}; parallel.kernels=auto takes "
+            "what can"
+        )
+    # Its interpreter is for tests: slower than plain PyTorch by orders of magnitude.
+    is_fused = not missing and (choice == "triton" or (choice == "auto" and device.type == "cuda"))
+    reason = f" ({missing})" if missing and choice == "auto" else ""
+    logger.info("kernels: %s%s", "fused, in Triton" if is_fused else "plain PyTorch", reason)
+    return is_fused
+
+
+def is_interpreted() -> bool:
+    """Say whether Triton runs its interpreter (TRITON_INTERPRET=1), on a CPU and for tests.
+
+    Its bf16 arithmetic is wrong without a word, so kernels then compute in float32.
+    """
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _missing(device: torch.device) -> str:
+    """Say what the kernels lack on this device; nothing if they run."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cuda" or is_interpreted():
+        return ""
+    return "there is no GPU"
