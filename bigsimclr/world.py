@@ -81,6 +81,16 @@ class World:
         gathered: Tensor = _GatherRows.apply(rows, self)  # type: ignore[no-untyped-call]
         return gathered
 
+    def gather_views(
+        self,
+        rows: Tensor,  # [2n, ...] of this rank's first views, then of its second ones
+    ) -> Tensor:  # [2nW, ...] of all first views, then of all second ones
+        """Collect what ranks have of their views in the order of the batch, without gradient."""
+        if self.size == 1:
+            return rows
+        by_view: Tensor = self.gather(rows).unflatten(1, (2, -1)).transpose(0, 1)
+        return by_view.flatten(0, 2)
+
     def total(
         self,
         tensor: Tensor,  # [...]

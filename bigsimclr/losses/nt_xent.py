@@ -16,6 +16,7 @@ Source: google-research/simclr tf2/objective.py (`add_contrastive_loss`); arXiv 
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from torch.nn import functional as F
 
 from bigsimclr.losses.tiled import tiled_anchor_losses
 from bigsimclr.world import ALONE, World
+
+if TYPE_CHECKING:
+    from bigsimclr.kernels.nt_xent import Grade
 
 METRIC_ROWS = 1024
 """Anchors per block of `contrastive_metrics`; bounds its memory to METRIC_ROWS x pairs."""
@@ -44,6 +48,7 @@ def nt_xent(
     row_chunk: int | None = None,
     queue: Tensor | None = None,  # [Q, D] further negatives of every anchor, constants
     normalise: bool = True,
+    fused: "Grade | None" = None,
     world: World = ALONE,
 ) -> Tensor:
     """Return the contrastive loss of a batch of pairs: the sum of both directions.
@@ -63,6 +68,8 @@ def nt_xent(
             logits of memory, with the same value and gradient.
         queue: Past projections; no gradient flows into them.
         normalise: Compare by cosine; False compares by inner product.
+        fused: Compute in Triton kernels, of which memory holds no logit at all: "fp32" with the
+            digits of float32, "bf16" faster with gradients to 2e-3. For a GPU; cosines only.
         world: The ranks, each with as many pairs and the same queue; every rank makes this call,
             and the backward pass.
 
@@ -70,11 +77,14 @@ def nt_xent(
         The loss [], float32 or float64.
 
     Raises:
-        ValueError: If shapes differ, the batch is empty, or a setting is not positive.
+        ValueError: If shapes differ, the batch is empty, a setting is not positive, or the fused
+            kernels cannot compute what is asked for.
 
     Source: google-research/simclr tf2/objective.py.
     """
     _check(first, second, queue, temperature=temperature, row_chunk=row_chunk)
+    if fused is not None:
+        return _fused(first, second, queue, temperature, fused, world, normalise=normalise)
     with torch.autocast(first.device.type, enabled=False):
         rows = torch.cat([_precise(first), _precise(second)])
         constants = rows.new_empty(0, rows.shape[1]) if queue is None else queue.detach()
@@ -141,6 +151,7 @@ class NtXent:
 
     temperature: float  # dimensionless
     row_chunk: int | None = None  # anchors per chunk; None: all logits at once
+    fused: "Grade | None" = None  # in Triton kernels, of this precision
     world: World = ALONE
 
     def __call__(self, first: Tensor, second: Tensor, *, queue: Tensor | None = None) -> Tensor:
@@ -151,12 +162,34 @@ class NtXent:
             temperature=self.temperature,
             row_chunk=self.row_chunk,
             queue=queue,
+            fused=self.fused,
             world=self.world,
         )
 
     def metrics(self, first: Tensor, second: Tensor) -> ContrastiveMetrics:
         """Return accuracy and entropy of projections [B, D], [B, D]."""
         return contrastive_metrics(first, second, temperature=self.temperature, world=self.world)
+
+
+def _fused(
+    first: Tensor,
+    second: Tensor,
+    queue: Tensor | None,
+    temperature: float,
+    grade: "Grade",
+    world: World,
+    *,
+    normalise: bool,
+) -> Tensor:
+    from bigsimclr.kernels.nt_xent import fused_nt_xent
+
+    if not normalise or first.dtype == torch.float64:
+        raise ValueError("fused NT-Xent compares by cosine, and computes no float64")
+    with torch.autocast(first.device.type, enabled=False):
+        constants = None if queue is None else unit_rows(queue.detach().float())
+        return fused_nt_xent(
+            first, second, constants, temperature=temperature, grade=grade, world=world
+        )
 
 
 def _dense_anchor_losses(

@@ -133,7 +133,7 @@ class _Shifted(Function):
         world: World,
     ) -> Tensor:
         ctx.temperature, ctx.row_chunk, ctx.world = temperature, row_chunk, world
-        columns = in_column_order(rows, world)
+        columns = world.gather_views(rows)
         sums = torch.empty_like(positives)
         for row, logits in _row_logits(rows, columns, constants, ctx):
             sums[row] = logits.logsumexp(1)
@@ -149,7 +149,7 @@ class _Shifted(Function):
         rows, positives, columns, constants, sums = ctx.saved_tensors
         with torch.autocast(rows.device.type, enabled=False):
             weights = gradient * torch.sigmoid(sums - positives)
-            known = in_column_order(torch.stack([sums, weights], dim=1), ctx.world)
+            known = ctx.world.gather_views(torch.stack([sums, weights], dim=1))
             all_sums, all_weights = known.unbind(1)
             slopes = torch.empty_like(rows)
             views = len(columns)
@@ -160,17 +160,6 @@ class _Shifted(Function):
                 as_row[:, :views] += as_column
                 slopes[row] = as_row[:, :views] @ columns + as_row[:, views:] @ constants
             return slopes / ctx.temperature, -weights, None, None, None, None
-
-
-def in_column_order(
-    rows: Tensor,  # [2B, ...] this rank's first views, then its second views
-    world: World,
-) -> Tensor:  # [2BW, ...] all first views in the order of the global batch, then all second views
-    """Collect what every rank has of its anchors, without gradient."""
-    if world.size == 1:
-        return rows
-    by_view: Tensor = world.gather(rows).unflatten(1, (2, -1)).transpose(0, 1)
-    return by_view.flatten(0, 2)
 
 
 def _refuse_second_derivative() -> None:

@@ -1,0 +1,259 @@
+"""Fused NT-Xent: no logit ever reaches memory, forward or backward.
+
+The plain reference is `losses.nt_xent`. Over several ranks the projections and then one number for
+each anchor are gathered; since scores are symmetric, a rank finds its rows' whole gradient from
+them, and the backward pass speaks to nobody.
+
+Shapes: B pairs on this rank, N of all ranks, D values of a projection, Q rows of the queue.
+
+Source: the loss of google-research/simclr tf2/objective.py.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+from typing_extensions import override
+
+from bigsimclr.kernels import is_interpreted
+from bigsimclr.kernels.nt_xent_slope import slope
+from bigsimclr.kernels.nt_xent_sums import add_up, collect, finish, normalise
+from bigsimclr.world import World
+
+WIDEST: Final = 512
+"""Values of a projection that fit the kernels."""
+LOWEST_FIXED: Final = 0.025
+"""Temperature down to which exp(-2 / T) and sums of it are normal float32 numbers."""
+BAND: Final = 64
+"""Row tiles of one symmetric launch; bounds the memory of the column sums."""
+PROGRAMS: Final = 264
+"""Two for each multiprocessor of an H100: what a launch should have at least."""
+
+Grade = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sides of the tiles, and the warps and pipeline stages that work on one."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def sum_tiles(width: int, *, split: bool) -> Tiles:
+    """Choose square tiles for the sums, which are wanted symmetric; none spills registers."""
+    if width <= 128:
+        return Tiles(64, 64, 4, 2) if split else Tiles(128, 128, 8, 3)
+    return Tiles(32, 32, 4, 2) if split else Tiles(64, 64, 8, 2)
+
+
+def slope_tiles(width: int, *, split: bool) -> Tiles:
+    """Choose tiles for the gradient, whose rows stay in registers; none spills."""
+    if width <= 128:
+        return Tiles(64, 32 if split else 64, 8, 2)
+    return Tiles(16, 16, 8, 1) if split else Tiles(16, 32, 8, 1)
+
+
+def fused_nt_xent(
+    first: Tensor,  # [B, D] projections of the first views, rows contiguous
+    second: Tensor,  # [B, D] projections of the second views
+    queue: Tensor | None,  # [Q, D] unit rows, further negatives of every anchor, constants
+    *,
+    temperature: float,
+    grade: Grade,
+    world: World,
+) -> Tensor:
+    """Return the loss [] of `losses.nt_xent`, float32; differentiable once.
+
+    Args:
+        first: float32, bfloat16 or float16; compared by cosine.
+        second: as `first`.
+        queue: past projections.
+        temperature: divides the cosines; dimensionless.
+        grade: bf16 multiplies in bfloat16, for gradients to 2e-3; fp32 splits every number into
+            two of bfloat16, for gradients to 5e-6. Positives are float32 in both.
+        world: the ranks, each with as many pairs, the same queue and the same upstream gradient.
+
+    Raises:
+        ValueError: a projection has more than 512 values.
+    """
+    if first.shape[1] > WIDEST:
+        raise ValueError(f"fused NT-Xent takes up to {WIDEST} values, not {first.shape[1]}")
+    loss: Tensor = _Fused.apply(first, second, queue, temperature, grade, world)
+    return loss
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Rows as the multipliers take them."""
+
+    units: Tensor  # [.., W], bfloat16; float32 in the interpreter
+    rests: Tensor  # [.., W] what was rounded away; `units` again where nothing is split
+
+    @property
+    def split(self) -> bool:
+        return self.rests is not self.units
+
+
+class _Fused(Function):
+    """The launches."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: FunctionCtx,
+        first: Tensor,
+        second: Tensor,
+        queue: Tensor | None,
+        temperature: float,
+        grade: Grade,
+        world: World,
+    ) -> Tensor:
+        first, second = _rows(first), _rows(second)
+        pairs = len(first)
+        scale = math.log2(math.e) / temperature
+        online = temperature < LOWEST_FIXED
+        own, positives = _normalised(first, second, split=grade == "fp32")
+        every = _Operand(world.gather_views(own.units), own.rests)
+        if own.split:
+            every = _Operand(every.units, world.gather_views(own.rests))
+        elif world.size > 1:
+            every = _Operand(every.units, every.units)
+        past = None if queue is None or not len(queue) else _padded(queue, like=own)
+        sums, tops = _sums(own, every, past, scale=scale, online=online, world=world)
+        losses, weights, shares = (torch.empty_like(sums) for _ in range(3))
+        side = 256
+        finish[(triton.cdiv(2 * pairs, side),)](
+            sums, tops, positives, losses, weights, shares, pairs, scale, SIDE=side, ONLINE=online
+        )
+        all_shares = world.gather_views(shares)
+        all_tops = world.gather_views(tops) if online else tops
+        queued = own.units.new_empty(0) if past is None else past.units
+        ctx.save_for_backward(
+            first, second, own.units, own.rests, every.units, every.rests,
+            queued, queued if past is None else past.rests,
+            weights, shares, tops, all_shares, all_tops,
+        )  # fmt: skip
+        ctx.settings = temperature, scale, online, own.split, world.rank * pairs  # type: ignore[attr-defined]
+        return losses.sum() / pairs
+
+    @staticmethod
+    @override
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("fused NT-Xent is differentiable once")
+        first, second, units, rests, columns, column_rests, *others = ctx.saved_tensors  # type: ignore[attr-defined]
+        queue, queue_rests, weights, shares, tops, all_shares, all_tops = others
+        temperature, scale, online, split, position = ctx.settings  # type: ignore[attr-defined]
+        (pairs, values), width = first.shape, units.shape[1]
+        slopes = [view.new_empty(view.shape) for view in (first, second)]
+        tiles = slope_tiles(width, split=split)
+        slope[(2 * triton.cdiv(pairs, tiles.rows),)](
+            units, rests, columns, column_rests, queue, queue_rests,
+            weights, shares, tops, all_shares, all_tops,
+            first, second, *slopes, gradient,
+            pairs, len(columns) // 2, len(queue), position,
+            scale, 1.0 / (temperature * pairs), first.stride(0), second.stride(0),
+            D=values, WIDTH=width, ROWS=tiles.rows, COLUMNS=tiles.columns,
+            SPLIT=split, HAS_QUEUE=len(queue) > 0, ONLINE=online,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        return *slopes, None, None, None, None
+
+
+def _rows(views: Tensor) -> Tensor:
+    """Return rows without gaps inside."""
+    return views if views.stride(1) == 1 else views.contiguous()
+
+
+def _normalised(first: Tensor, second: Tensor, *, split: bool) -> tuple[_Operand, Tensor]:
+    """Return unit rows [2B, W] and the cosines [B] of the positives."""
+    pairs, values = first.shape
+    width = max(16, triton.next_power_of_2(values))
+    kind = torch.float32 if is_interpreted() else torch.bfloat16
+    units = first.new_empty(2 * pairs, width, dtype=kind)
+    split = split and kind == torch.bfloat16
+    rests = torch.empty_like(units) if split else units
+    positives = first.new_empty(pairs, dtype=torch.float32)
+    side = max(1, 2048 // width)
+    normalise[(triton.cdiv(pairs, side),)](
+        first, second, units, rests, positives, pairs, first.stride(0), second.stride(0),
+        D=values, WIDTH=width, SIDE=side, SPLIT=split,
+    )  # fmt: skip
+    return _Operand(units, rests), positives
+
+
+def _padded(queue: Tensor, *, like: _Operand) -> _Operand:
+    """Return the queue's unit rows [Q, W] as the multipliers take them."""
+    rows = torch.nn.functional.pad(queue.float(), (0, like.units.shape[1] - queue.shape[1]))
+    units = rows.to(like.units.dtype)
+    return _Operand(units, (rows - units.float()).to(units.dtype) if like.split else units)
+
+
+def _sums(
+    own: _Operand,
+    every: _Operand,
+    past: _Operand | None,
+    *,
+    scale: float,
+    online: bool,
+    world: World,
+) -> tuple[Tensor, Tensor]:
+    """Return the sums [2B] of every anchor's negatives, and the cosines [2B] subtracted before."""
+    sums = own.units.new_zeros(len(own.units), dtype=torch.float32)
+    tops = sums.new_full(sums.shape if online else (0,), -math.inf)
+    launch = _Sums(own, sums, tops, scale=scale, position=world.rank * (len(own.units) // 2))
+    launch.add(every, views=2, symmetric=world.size == 1 and not online)
+    if past is not None:
+        launch.add(past, views=1, symmetric=False)
+    return sums, tops
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Adds columns to the sums of this rank's rows."""
+
+    own: _Operand
+    sums: Tensor  # [2B]
+    tops: Tensor  # [2B], empty with a fixed offset
+    scale: float
+    position: int
+
+    def add(self, columns: _Operand, *, views: int, symmetric: bool) -> None:
+        """Add all of some columns, a band of rows after the other where each serves both sides."""
+        count, width = self.own.units.shape
+        pairs, column_pairs = count // 2, len(columns.units) // views
+        tiles = sum_tiles(width, split=self.own.split)
+        row_tiles = 2 * triton.cdiv(pairs, tiles.rows)
+        column_tiles = views * triton.cdiv(column_pairs, tiles.columns)
+        # A stripe loads its rows once; but there must be work for the whole device.
+        stripe = max(1, min(8, row_tiles * column_tiles // PROGRAMS))
+        stripes = triton.cdiv(column_tiles, stripe)
+        online = len(self.tops) > 0
+        pieces = self.sums.new_empty(stripes, count)
+        largest = torch.empty_like(pieces) if online else pieces
+        band = min(BAND, row_tiles) if symmetric else row_tiles
+        mirrored = self.sums.new_empty(band, count) if symmetric else pieces
+        for start in range(0, row_tiles, band):
+            rows = min(band, row_tiles - start)
+            add_up[(rows, stripes)](
+                self.own.units, self.own.rests, columns.units, columns.rests,
+                pieces, largest, mirrored,
+                pairs, column_pairs, self.position, start, stripe, self.scale,
+                WIDTH=width, ROWS=tiles.rows, COLUMNS=tiles.columns, VIEWS=views,
+                SPLIT=self.own.split, SYMMETRIC=symmetric, ONLINE=online,
+                num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+            is_last = start + rows >= row_tiles
+            collect[(row_tiles,)](
+                pieces, largest, mirrored, self.sums, self.tops,
+                pairs, stripes if is_last else 0, start, rows, self.scale,
+                SIDE=tiles.rows, SYMMETRIC=symmetric, ONLINE=online,
+            )  # fmt: skip

@@ -1,0 +1,113 @@
+"""NT-Xent in the shapes of a GPU: bf16 and split, narrow and wide projections, ranks and queue."""
+
+from itertools import product
+
+from bigsimclr.kernels.nt_xent import slope_tiles, sum_tiles
+from tests.kernels.ahead import Build
+
+WIDTHS = (64, 128, 256, 512)
+
+
+def _sums(width: int, *, split: bool, symmetric: bool, online: bool, views: int) -> Build:
+    tiles = sum_tiles(width, split=split)
+    names = ["rows", "row_rests", "columns", "column_rests"]
+    numbers = ["pairs", "column_pairs", "position", "first_tile", "stripe"]
+    return Build(
+        "add_up",
+        dict.fromkeys(names, "*bf16")
+        | dict.fromkeys(["pieces", "largest", "mirrored"], "*fp32")
+        | dict.fromkeys(numbers, "i32")
+        | {"scale": "fp32"},
+        {
+            "WIDTH": width,
+            "ROWS": tiles.rows,
+            "COLUMNS": tiles.columns,
+            "VIEWS": views,
+            "SPLIT": split,
+            "SYMMETRIC": symmetric,
+            "ONLINE": online,
+        },
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )
+
+
+def _slope(width: int, *, split: bool, online: bool, has_queue: bool) -> Build:
+    tiles = slope_tiles(width, split=split)
+    halves = ["rows", "row_rests", "columns", "column_rests", "queue", "queue_rests"]
+    singles = ["weights", "shares", "tops", "column_shares", "column_tops", "upstream"]
+    views = ["first", "second", "first_slope", "second_slope"]
+    numbers = ["pairs", "column_pairs", "queued", "position", "first_stride", "second_stride"]
+    return Build(
+        "slope",
+        dict.fromkeys(halves, "*bf16")
+        | dict.fromkeys(singles + views, "*fp32")
+        | dict.fromkeys(numbers, "i32")
+        | dict.fromkeys(["scale", "factor"], "fp32"),
+        {
+            "D": width,
+            "WIDTH": width,
+            "ROWS": tiles.rows,
+            "COLUMNS": tiles.columns,
+            "SPLIT": split,
+            "HAS_QUEUE": has_queue,
+            "ONLINE": online,
+        },
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )
+
+
+def _normalise(width: int, *, split: bool) -> Build:
+    return Build(
+        "normalise",
+        dict.fromkeys(["first", "second", "positives"], "*fp32")
+        | dict.fromkeys(["units", "rests"], "*bf16")
+        | dict.fromkeys(["pairs", "first_stride", "second_stride"], "i32"),
+        {"D": width, "WIDTH": width, "SIDE": 2048 // width, "SPLIT": split},
+    )
+
+
+def _small(name: str, pointers: list[str], numbers: list[str], **constants: object) -> Build:
+    kinds = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(numbers, "i32")
+    return Build(name, kinds | {"scale": "fp32"}, constants)
+
+
+BUILDS = [
+    *(
+        _sums(width, split=split, symmetric=True, online=False, views=2)
+        for width, split in product(WIDTHS, (False, True))
+    ),
+    _sums(128, split=False, symmetric=False, online=False, views=2),
+    _sums(128, split=True, symmetric=False, online=False, views=1),
+    _sums(128, split=True, symmetric=False, online=True, views=2),
+    *(
+        _slope(width, split=split, online=False, has_queue=False)
+        for width, split in product(WIDTHS, (False, True))
+    ),
+    _slope(128, split=False, online=True, has_queue=True),
+    _slope(128, split=True, online=False, has_queue=True),
+    _normalise(128, split=False),
+    _normalise(512, split=True),
+    *(
+        _small(
+            "collect",
+            ["pieces", "largest", "mirrored", "sums", "tops"],
+            ["pairs", "stripes", "first_tile", "band"],
+            SIDE=128,
+            SYMMETRIC=not online,
+            ONLINE=online,
+        )
+        for online in (False, True)
+    ),
+    *(
+        _small(
+            "finish",
+            ["sums", "tops", "positives", "losses", "weights", "shares"],
+            ["pairs"],
+            SIDE=256,
+            ONLINE=online,
+        )
+        for online in (False, True)
+    ),
+]
