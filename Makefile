@@ -68,9 +68,10 @@ storm-ranks: setup ## The long tests of several ranks; then kill and freeze sing
 scaling: setup ## Throughput on 1, 2, ... ranks of this machine; a model of many GPUs beside it
 	@$(BIN)/python -m benchmarks.scaling -o benchmarks/results/scaling.json
 
-bench: setup ## Time and memory of the loss, side by side with others; the digits pipeline
+bench: setup ## Time and memory of the loss and time of the views, beside others; the digits pipeline
 	@$(INSTALL) --no-deps $(LIGHTLY)
 	@$(BIN)/python -m benchmarks.loss --output benchmarks/results/loss.json
+	@$(BIN)/python -m benchmarks.augment -o benchmarks/results/augment.json
 	@$(BIN)/python -m benchmarks.digits --output benchmarks/results/digits.json
 
 docs: setup ## Write docs/recipes.md again from the recipe schema
@@ -79,6 +80,7 @@ docs: setup ## Write docs/recipes.md again from the recipe schema
 
 gpu-check: ## Tests that need a GPU, then the benchmarks; uses PYTHON where there is no .venv
 	@$(GPU_PYTHON) -m pytest -q -m gpu
+	@$(GPU_PYTHON) -m benchmarks.augment -o benchmarks/results/augment-gpu.json
 	@if $(GPU_PYTHON) -c 'from importlib.util import find_spec; exit(find_spec("lightly") is None)'; then \
 	  $(GPU_PYTHON) -m benchmarks.loss --output benchmarks/results/loss-gpu-machine.json; \
 	else echo "benchmarks.loss compares with lightly, which is not installed here: left out"; fi

@@ -14,7 +14,13 @@ from bigsimclr.augment.resize import Resize, taps
 
 @torch.no_grad()
 def make_views(
-    pixels: Tensor, draws: Draws, settings: ViewSettings, *, device: torch.device
+    pixels: Tensor,
+    draws: Draws,
+    settings: ViewSettings,
+    *,
+    device: torch.device,
+    fused: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Apply the drawn decisions to a batch of images.
 
@@ -29,13 +35,20 @@ def make_views(
         draws: The decisions for V views of B images.
         settings: How views are made.
         device: Where to compute.
+        fused: All that follows the crop in two kernels, which Triton must be able to run here;
+            float64 pixels take the plain path.
+        dtype: What the views are rounded to; None: the type they are computed in.
 
     Returns:
         [V*B,3,H,W] in [0, 1], channels_last; all of the first view, then all of the second.
-        float32, or float64 for float64 pixels.
+        Computed in float32, or float64 for float64 pixels.
     """
     with torch.autocast(device.type, enabled=False):
-        return _make_views(pixels.to(device, non_blocking=True), draws, settings)
+        pixels = pixels.to(device, non_blocking=True)
+        if fused and pixels.dtype != torch.float64:
+            return _fused_views(pixels, draws, settings, dtype or torch.float32)
+        views = _plain_views(pixels, draws, settings)
+        return views.to(dtype or views.dtype, memory_format=torch.channels_last)
 
 
 def crop_resize(
@@ -58,25 +71,7 @@ def crop_resize(
     Returns:
         [V*B,3,H,W], view-major, not clipped; float32, or float64 for float64 pixels.
     """
-    views, images = boxes.shape[:2]
-    height, width = size
-    if not pixels.is_floating_point():
-        pixels = pixels.to(torch.float32).div_(255)
-    flat = boxes.astype(np.int64).transpose(1, 0, 2).reshape(-1, 4)  # image-major [B*V,4]
-    turned = None if flip is None else flip.T.reshape(-1)
-    down = _matrices(flat[:, 0::2], height, resize, pixels=pixels, axis=2)
-    across = _matrices(flat[:, 1::2], width, resize, pixels=pixels, axis=3, flip=turned)
-    rows = torch.bmm(
-        down.unflatten(0, (images, views)).flatten(1, 2), pixels.transpose(1, 2).flatten(2)
-    )  # [B, V*H, 3*w]
-    views_ = torch.bmm(
-        rows.view(images * views, height * 3, -1), across.transpose(1, 2)
-    )  # [B*V, H*3, W]
-    return (
-        views_.view(images, views, height, 3, width)
-        .permute(1, 0, 3, 2, 4)
-        .reshape(views * images, 3, height, width)
-    )
+    return _crops(pixels, boxes, size, resize, flip=flip).flatten(0, 1)
 
 
 def blur(images: Tensor, sigma: Tensor, *, radius: int) -> Tensor:
@@ -104,7 +99,57 @@ def blur(images: Tensor, sigma: Tensor, *, radius: int) -> Tensor:
     return planes.view(count, channels, height, width)
 
 
-def _make_views(pixels: Tensor, draws: Draws, settings: ViewSettings) -> Tensor:
+def _crops(
+    pixels: Tensor,
+    boxes: npt.NDArray[np.int32],
+    size: tuple[int, int],
+    resize: Resize,
+    *,
+    flip: npt.NDArray[np.bool_] | None,
+) -> Tensor:
+    # -> [V,B,3,H,W], in memory as [B,V,H,3,W].
+    views, images = boxes.shape[:2]
+    height, width = size
+    if not pixels.is_floating_point():
+        pixels = pixels.to(torch.float32).div_(255)
+    flat = boxes.astype(np.int64).transpose(1, 0, 2).reshape(-1, 4)  # image-major [B*V,4]
+    turned = None if flip is None else flip.T.reshape(-1)
+    down = _matrices(flat[:, 0::2], height, resize, pixels=pixels, axis=2)
+    across = _matrices(flat[:, 1::2], width, resize, pixels=pixels, axis=3, flip=turned)
+    rows = torch.bmm(
+        down.unflatten(0, (images, views)).flatten(1, 2), pixels.transpose(1, 2).flatten(2)
+    )  # [B, V*H, 3*w]
+    views_ = torch.bmm(
+        rows.view(images * views, height * 3, -1), across.transpose(1, 2)
+    )  # [B*V, H*3, W]
+    return views_.view(images, views, height, 3, width).permute(1, 0, 3, 2, 4)
+
+
+def _fused_views(
+    pixels: Tensor, draws: Draws, settings: ViewSettings, dtype: torch.dtype
+) -> Tensor:
+    from bigsimclr.kernels.distort import distort, pack
+
+    flip = draws.flip
+    if pixels.ndim == 4:
+        size = (settings.image_size, settings.image_size)
+        pixels = _crops(pixels, draws.boxes, size, settings.resize, flip=flip)
+        flip = np.zeros_like(flip)
+    decisions = pack(
+        flip=flip,
+        jitter=draws.jitter,
+        order=draws.order,
+        factors=draws.factors,
+        grey=draws.grey,
+        blur=draws.blur,
+        sigma=draws.sigma,
+    )
+    # No second kernel where nothing is blurred: in fine-tuning and evaluation.
+    radius = settings.image_size // 10 // 2 if draws.blur.any() else 0
+    return distort(pixels, on_device(decisions, pixels), radius=radius, dtype=dtype)
+
+
+def _plain_views(pixels: Tensor, draws: Draws, settings: ViewSettings) -> Tensor:
     if pixels.ndim == 4:
         size = (settings.image_size, settings.image_size)
         views = crop_resize(pixels, draws.boxes, size, settings.resize, flip=draws.flip)
@@ -123,7 +168,7 @@ def _make_views(pixels: Tensor, draws: Draws, settings: ViewSettings) -> Tensor:
         sigma = on_device(draws.sigma.reshape(-1)[blurred], views).to(views.dtype)
         soft = blur(views.index_select(0, where), sigma, radius=radius)
         views.index_copy_(0, where, soft.clamp_(0, 1))
-    return views.contiguous(memory_format=torch.channels_last)
+    return views
 
 
 def _colour_(views: Tensor, draws: Draws) -> None:

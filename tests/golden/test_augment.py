@@ -11,7 +11,7 @@ from scipy.stats import ks_2samp
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.colour import brightness_, contrast_, grey, hue_, jitter_, saturation_
 from bigsimclr.augment.device import blur, crop_resize, make_views
-from bigsimclr.augment.draws import centre_boxes, draw_views
+from bigsimclr.augment.draws import Draws, centre_boxes, draw_views
 from bigsimclr.augment.resize import crop_resize_one
 from tests.golden.paths import golden_dir
 
@@ -34,6 +34,7 @@ OPERATIONS = {
 NAMES = list(OPERATIONS)
 COLOUR_TOLERANCE = {"brightness": 2e-6, "contrast": 2e-6, "saturation": 1e-5, "hue": 1e-5}
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def channels_first(image, dtype=torch.float32):
@@ -152,6 +153,57 @@ def test_jitter_sequence(name):
         factors[0, NAMES.index(operation)] = factor
     found = jitter_(pixels, np.array([0]), order=order, factors=factors)
     assert difference(found, STORED[name]) < 2e-5
+
+
+# --- the same in fused kernels -----------------------------------------------------------------
+
+
+def fused(image, *, radius=0, **changes):
+    """Distort one image [H,W,3] by the kernels; what is not named stays off."""
+    off = np.zeros((1, 1), np.bool_)
+    draws = Draws(
+        boxes=np.zeros((1, 1, 4), np.int32),
+        flip=off,
+        jitter=changes.get("jitter", off),
+        order=changes.get("order", np.arange(4, dtype=np.uint8)[None, None]),
+        factors=changes.get("factors", np.ones((1, 1, 4), np.float32)),
+        grey=changes.get("grey", off),
+        blur=changes.get("blur", off),
+        sigma=changes.get("sigma", np.ones((1, 1), np.float32)),
+    )
+    pixels = channels_first(image if image.dtype != np.uint8 else np.float32(image) / 255)[None]
+    settings = ViewSettings(image_size=20 * radius)  # of which only the radius is taken
+    return make_views(pixels, draws, settings, device=DEVICE, fused=True).cpu()
+
+
+ON = np.ones((1, 1), np.bool_)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if re.fullmatch(r"jitter\d+", name)])
+def test_fused_jitter_sequence(name):
+    case = CASES[name]
+    order = np.array([[[NAMES.index(operation) for operation, _ in case["sequence"]]]], np.uint8)
+    factors = np.zeros((1, 1, 4), np.float32)
+    for operation, factor in case["sequence"]:
+        factors[..., NAMES.index(operation)] = factor
+    found = fused(stored_image(case["image"]), jitter=ON, order=order, factors=factors)
+    assert difference(found, STORED[name]) < 2e-5
+
+
+@pytest.mark.parametrize("name", [n for n in STORED if n.startswith("color/grayscale/")])
+def test_fused_grey(name):
+    expected = STORED[name]
+    found = fused(stored_image(name.rsplit("/", 1)[1]), grey=ON)[:, : expected.shape[-1]]
+    assert difference(found, expected) < 2e-6
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if re.fullmatch(r"blur\d+", name)])
+def test_fused_blur(name):
+    case = CASES[name]
+    sigma = np.full((1, 1), case["sigma"], np.float32)
+    radius = case["kernel_size_arg"] // 2
+    found = fused(stored_image(case["image"]), radius=radius, blur=ON, sigma=sigma)
+    assert difference(found, STORED[name]) < 2e-6
 
 
 # --- random draws ------------------------------------------------------------------------------

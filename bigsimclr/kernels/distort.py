@@ -1,0 +1,377 @@
+"""Colours, grey, flip and blur of all views of a batch in two launches, whatever is drawn.
+
+The same function in plain PyTorch: `bigsimclr.augment.device`, from the crop onwards, with the
+operations of `bigsimclr.augment.colour`. Nothing here has a gradient.
+
+Shapes: V views of B images, N = V x B view-major; H, W height and width in pixels.
+"""
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Columns of the packed decisions: four factors, sigma, and the code of everything that is a whole
+# number. Its bits from the lowest: 0 flip, 1 jitter, 2 grey, 3 blur, 4 to 11 the operation of each
+# turn, 12 to 13 the turn of the contrast; float32 holds 24 bits exactly.
+_COLUMNS = tl.constexpr(6)
+_CONTRAST: Final = 1
+
+# The smallest normal float32, as in the plain code: a spread of zero is divided by.
+_TINY = tl.constexpr(2.0**-126)
+# Beyond six standard deviations lie 2e-9 of a Gaussian, a thirtieth of a float32's rounding. With
+# sigma uniform in 0.1 to 2.0 that leaves 14 of the 23 taps at 224 pixels, on average.
+_REACH = tl.constexpr(6.0)
+
+_PIXELS_PER_THREAD: Final = 4
+_MOST_WARPS: Final = 16
+_BLUR_BLOCK: Final = 1024
+# Values in a tile of the blur, 3 x W a row: 32 rows of 224 pixels, 21 blocks without a remainder.
+# A tile reads up to 11 rows beyond either end, so much smaller ones read everything twice.
+_BLUR_TILE: Final = 21504
+
+
+def pack(
+    *,
+    flip: npt.NDArray[np.bool_],
+    jitter: npt.NDArray[np.bool_],
+    order: npt.NDArray[np.uint8],
+    factors: npt.NDArray[np.float32],
+    grey: npt.NDArray[np.bool_],
+    blur: npt.NDArray[np.bool_],
+    sigma: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]:
+    """Pack what was drawn for every view into one array, so that one copy brings it to a device.
+
+    Args:
+        flip: bool [V,B], mirrored left to right.
+        jitter: bool [V,B], colours jittered.
+        order: uint8 [V,B,4], the operation of each turn; 0 brightness, 1 contrast, 2 saturation,
+            3 hue.
+        factors: float32 [V,B,4], by operation.
+        grey: bool [V,B], turned grey.
+        blur: bool [V,B], blurred.
+        sigma: float32 [V,B], standard deviation of the blur in pixels.
+
+    Returns:
+        float32 [V*B,6].
+    """
+    code = flip + 2 * jitter + 4 * grey + 8 * blur
+    for turn in range(4):
+        code = code + (order[..., turn].astype(np.int64) << (4 + 2 * turn))
+    code = code + (np.argmax(order == _CONTRAST, axis=-1) << 12)
+    packed = np.concatenate([factors, sigma[..., None], code[..., None]], axis=-1)
+    return packed.reshape(-1, 6).astype(np.float32)
+
+
+@torch.no_grad()
+def distort(
+    crops: Tensor,
+    decisions: Tensor,
+    *,
+    radius: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Jitter, make grey, clip, blur, clip and flip each crop as decided for it.
+
+    A Gaussian has no taps where they would weigh nothing, beyond six standard deviations: a NaN
+    pixel spreads that far, and not over the whole of 2 x radius + 1.
+
+    Args:
+        crops: [V,B,3,H,W] with any strides, of any float type; computed in float32.
+        decisions: float32 [V*B,6] on the same device, by `pack`.
+        radius: Taps of the blur on either side of the centre; 0: nothing is blurred, and what the
+            decisions say of it is passed over.
+        dtype: Type of the result.
+
+    Returns:
+        [V*B,3,H,W] in [0, 1], channels_last; all of the first view, then all of the second.
+
+    Raises:
+        ValueError: a shape is another one, the decisions are no packed float32, or the radius is
+            negative.
+    """
+    if crops.ndim != 5 or crops.shape[2] != 3:
+        raise ValueError(f"crops must be [V,B,3,H,W]; got {list(crops.shape)}")
+    views, images, _, height, width = crops.shape
+    count = views * images
+    if decisions.shape != (count, 6) or decisions.dtype != torch.float32:
+        raise ValueError(
+            f"decisions must be float32 [{count},6]; got {decisions.dtype} {list(decisions.shape)}"
+        )
+    if radius < 0:
+        raise ValueError(f"radius must not be negative; got {radius}")
+    shape = (count, 3, height, width)
+    layout = torch.channels_last
+    found = torch.empty(shape, dtype=dtype, device=crops.device, memory_format=layout)
+    if not found.numel():
+        return found
+    decisions = decisions.contiguous()
+    # Only what belongs to blurred views is ever touched.
+    coloured = torch.empty_like(found, dtype=torch.float32) if radius else found
+    block = min(triton.next_power_of_2(height * width), 32 * _MOST_WARPS * _PIXELS_PER_THREAD)
+    _colour[(count,)](
+        crops,
+        decisions,
+        coloured,
+        found,
+        images,
+        *crops.stride(),
+        HEIGHT=height,
+        WIDTH=width,
+        SOFTENS=radius > 0,
+        BLOCK=block,
+        num_warps=max(block // (32 * _PIXELS_PER_THREAD), 1),
+        num_stages=1,
+    )
+    if radius:
+        rows = min(max(_BLUR_TILE // (3 * width), 1), height)
+        _soften[(count, triton.cdiv(height, rows))](
+            coloured,
+            torch.empty_like(coloured),
+            found,
+            decisions,
+            HEIGHT=height,
+            WIDTH=width,
+            RADIUS=radius,
+            ROWS=rows,
+            BLOCK=_BLUR_BLOCK,
+            num_warps=8,
+            num_stages=1,
+        )
+    return found
+
+
+@triton.jit
+def _larger(first, second):
+    return tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _smaller(first, second):
+    return tl.minimum(first, second, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _clip(values):
+    return _smaller(_larger(values, 0.0), 1.0)
+
+
+@triton.jit
+def _of_hue(position, high, spread):
+    # One channel of the hue at a position in sixths of a turn.
+    position -= 6.0 * tl.floor(position * (1 / 6))
+    return high - _clip(2.0 - tl.abs(position - 2.0)) * spread
+
+
+@triton.jit
+def _turn(red, green, blue, operation, decision, red_mean, green_mean, blue_mean):
+    # One operation of the jitter, and the clip after it.
+    factor = tl.load(decision + operation)
+    if operation == 0:
+        red *= factor
+        green *= factor
+        blue *= factor
+    elif operation == 1:
+        red = (red - red_mean) * factor + red_mean
+        green = (green - green_mean) * factor + green_mean
+        blue = (blue - blue_mean) * factor + blue_mean
+    else:
+        high = _larger(_larger(red, green), blue)
+        spread = high - _smaller(_smaller(red, green), blue)
+        inverse = 1.0 / _larger(spread, _TINY)
+        if operation == 2:
+            ratio = _smaller(_larger(high, 0.0) * inverse, factor)
+            red = (red - high) * ratio + high
+            green = (green - high) * ratio + high
+            blue = (blue - high) * ratio + high
+        else:
+            hue = 6.0 * factor + tl.where(
+                red == high,
+                (green - blue) * inverse,
+                tl.where(
+                    green == high,
+                    (blue - red) * inverse + 2.0,
+                    (red - green) * inverse + 4.0,
+                ),
+            )
+            red = _of_hue(hue + 5.0, high, spread)
+            green = _of_hue(hue + 3.0, high, spread)
+            blue = _of_hue(hue + 1.0, high, spread)
+    return _clip(red), _clip(green), _clip(blue)
+
+
+@triton.jit
+def _pixels(first, place, channel_stride, row_stride, column_stride, HEIGHT, WIDTH):
+    # Three channels in float32; zeros past the last pixel.
+    inside = place < HEIGHT * WIDTH
+    where = first + (place // WIDTH) * row_stride + (place % WIDTH) * column_stride
+    red = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+    green = tl.load(where + channel_stride, mask=inside, other=0.0).to(tl.float32)
+    blue = tl.load(where + 2 * channel_stride, mask=inside, other=0.0).to(tl.float32)
+    return red, green, blue
+
+
+@triton.jit
+def _put(target, red, green, blue, inside):
+    kind = target.dtype.element_ty
+    tl.store(target, red.to(kind), mask=inside)
+    tl.store(target + 1, green.to(kind), mask=inside)
+    tl.store(target + 2, blue.to(kind), mask=inside)
+
+
+@triton.jit
+def _turns(red, green, blue, count, code, decision, red_mean, green_mean, blue_mean):
+    for turn in range(count):
+        operation = (code >> (4 + 2 * turn)) & 3
+        red, green, blue = _turn(
+            red, green, blue, operation, decision, red_mean, green_mean, blue_mean
+        )
+    return red, green, blue
+
+
+@triton.jit
+def _means(
+    crop,
+    code,
+    decision,
+    channel_stride,
+    row_stride,
+    column_stride,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # What the contrast stretches about: the means of what the turns before it leave. Zeros without
+    # a look at the pixels where nothing is jittered.
+    PIXELS: tl.constexpr = HEIGHT * WIDTH
+    lanes = tl.arange(0, BLOCK)
+    red_sum = tl.zeros([BLOCK], tl.float32)
+    green_sum = tl.zeros([BLOCK], tl.float32)
+    blue_sum = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, ((code >> 1) & 1) * PIXELS, BLOCK):
+        place = start + lanes
+        red, green, blue = _pixels(
+            crop, place, channel_stride, row_stride, column_stride, HEIGHT, WIDTH
+        )
+        before = (code >> 12) & 3
+        red, green, blue = _turns(red, green, blue, before, code, decision, 0.0, 0.0, 0.0)
+        inside = place < PIXELS
+        red_sum += tl.where(inside, red, 0.0)
+        green_sum += tl.where(inside, green, 0.0)
+        blue_sum += tl.where(inside, blue, 0.0)
+    return tl.sum(red_sum, 0) / PIXELS, tl.sum(green_sum, 0) / PIXELS, tl.sum(blue_sum, 0) / PIXELS
+
+
+# The last batch of an evaluation has its own number of images, and needs no build of its own.
+@triton.jit(do_not_specialize=["images"])
+def _colour(
+    crops,
+    decisions,
+    coloured,
+    found,
+    images,
+    view_stride,
+    image_stride,
+    channel_stride,
+    row_stride,
+    column_stride,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SOFTENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program for each view: twice over its pixels if it is jittered, else once.
+    row = tl.program_id(0).to(tl.int64)
+    decision = decisions + row * _COLUMNS
+    code = tl.load(decision + 5).to(tl.int32)
+    turns = 4 * ((code >> 1) & 1)
+    crop = crops + row // images * view_stride + row % images * image_stride
+    lanes = tl.arange(0, BLOCK)
+
+    red_mean, green_mean, blue_mean = _means(
+        crop, code, decision, channel_stride, row_stride, column_stride, HEIGHT, WIDTH, BLOCK
+    )
+    for start in range(0, HEIGHT * WIDTH, BLOCK):
+        place = start + lanes
+        red, green, blue = _pixels(
+            crop, place, channel_stride, row_stride, column_stride, HEIGHT, WIDTH
+        )
+        red, green, blue = _turns(
+            red, green, blue, turns, code, decision, red_mean, green_mean, blue_mean
+        )
+        if (code >> 2) & 1:
+            red = 0.2989 * red + 0.5870 * green + 0.1140 * blue
+            green = red
+            blue = red
+        # The Gaussian is symmetric: flipped before it is as flipped after it.
+        column = place % WIDTH
+        target = place + (code & 1) * (WIDTH - 1 - 2 * column)
+        target = row * (3 * HEIGHT * WIDTH) + 3 * target
+        inside = place < HEIGHT * WIDTH
+        if SOFTENS:
+            softened = (code >> 3) & 1
+            _put(coloured + target, _clip(red), _clip(green), _clip(blue), inside & (softened > 0))
+            inside = inside & (softened == 0)
+        _put(found + target, _clip(red), _clip(green), _clip(blue), inside)
+
+
+@triton.jit
+def _weigh(source, place, inside, position, extent, step, fall, reach):
+    # The Gaussian along one axis, on which neighbours lie `step` apart and `extent` ends it.
+    total = tl.load(source + place, mask=inside, other=0.0)
+    weights = tl.full([], 1.0, tl.float32)
+    for distance in range(1, reach + 1):
+        weight = tl.exp(fall * distance * distance)
+        far = distance * step
+        before = tl.load(source + place - far, mask=inside & (position >= far), other=0.0)
+        after = tl.load(source + place + far, mask=inside & (position < extent - far), other=0.0)
+        total += weight * (before + after)
+        weights += 2.0 * weight
+    return total / weights
+
+
+@triton.jit
+def _soften(
+    coloured,
+    between,
+    found,
+    decisions,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RADIUS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program for some rows of a view. A view lies in memory as H rows of W pixels of three
+    # channels, so that a tap lies 3 x W values further down, or 3 further right.
+    LINE: tl.constexpr = 3 * WIDTH
+    VIEW: tl.constexpr = HEIGHT * LINE
+    row = tl.program_id(0).to(tl.int64)
+    code = tl.load(decisions + row * _COLUMNS + 5).to(tl.int32)
+    if (code >> 3) & 1:
+        sigma = tl.load(decisions + row * _COLUMNS + 4)
+        fall = -0.5 / (sigma * sigma)
+        reach = tl.minimum((sigma * _REACH).to(tl.int32) + 1, RADIUS)
+        coloured += row * VIEW
+        between += row * VIEW
+        found += row * VIEW
+        lanes = tl.arange(0, BLOCK)
+        first = tl.program_id(1) * ROWS * LINE
+        last = tl.minimum(first + ROWS * LINE, VIEW)
+        for start in range(first, last, BLOCK):
+            place = start + lanes
+            inside = place < last
+            value = _weigh(coloured, place, inside, place, VIEW, LINE, fall, reach)
+            tl.store(between + place, value, mask=inside)
+        # The rows are read again by other threads of this program, and by no other program.
+        tl.debug_barrier()
+        for start in range(first, last, BLOCK):
+            place = start + lanes
+            inside = place < last
+            value = _weigh(between, place, inside, place % LINE, LINE, 3, fall, reach)
+            tl.store(found + place, _clip(value).to(found.dtype.element_ty), mask=inside)

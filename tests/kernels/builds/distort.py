@@ -1,0 +1,58 @@
+"""Both kernels at 224 and 32 pixels, as launched for views of float32 and bf16."""
+
+from tests.kernels.ahead import Build
+
+STRIDES = {
+    "view_stride": "i32",
+    "image_stride": "i32",
+    "channel_stride": "i32",
+    "row_stride": "i32",
+}
+ALIGNED = ("view_stride", "image_stride", "channel_stride", "row_stride")
+
+
+def colour(size: int, kind: str, *, softens: bool, block: int, warps: int) -> Build:
+    return Build(
+        "_colour",
+        {
+            "crops": "*fp32",
+            "decisions": "*fp32",
+            "coloured": "*fp32" if softens else f"*{kind}",
+            "found": f"*{kind}",
+            "images": "i32",
+            **STRIDES,
+        },
+        {
+            "column_stride": 1,
+            "HEIGHT": size,
+            "WIDTH": size,
+            "SOFTENS": softens,
+            "BLOCK": block,
+        },
+        warps=warps,
+        stages=1,
+        aligned=ALIGNED,
+    )
+
+
+def soften(size: int, kind: str, *, radius: int, rows: int) -> Build:
+    return Build(
+        "_soften",
+        {"coloured": "*fp32", "between": "*fp32", "found": f"*{kind}", "decisions": "*fp32"},
+        {"HEIGHT": size, "WIDTH": size, "RADIUS": radius, "ROWS": rows, "BLOCK": 1024},
+        warps=8,
+        stages=1,
+    )
+
+
+BUILDS = [
+    build
+    for kind in ("fp32", "bf16")
+    for build in (
+        colour(224, kind, softens=True, block=2048, warps=16),
+        colour(224, kind, softens=False, block=2048, warps=16),
+        colour(32, kind, softens=True, block=1024, warps=8),
+        soften(224, kind, radius=11, rows=32),
+        soften(32, kind, radius=1, rows=32),
+    )
+]
