@@ -6,7 +6,7 @@ same. Which of the two runs is decided once for a run, by `uses_triton`.
 
 import logging
 from importlib.util import find_spec
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
@@ -15,6 +15,9 @@ from bigsimclr.errors import MissingExtraError
 logger = logging.getLogger(__name__)
 
 Choice = Literal["auto", "plain", "triton"]
+
+WIDEST_PROJECTION: Final = 512
+"""Values of a projection that NT-Xent's kernels hold."""
 
 
 def uses_triton(choice: Choice, device: torch.device) -> bool:

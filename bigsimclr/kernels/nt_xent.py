@@ -20,13 +20,11 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 from typing_extensions import override
 
-from bigsimclr.kernels import is_interpreted
+from bigsimclr.kernels import WIDEST_PROJECTION, is_interpreted
 from bigsimclr.kernels.nt_xent_slope import slope
 from bigsimclr.kernels.nt_xent_sums import add_up, collect, finish, normalise
 from bigsimclr.world import World
 
-WIDEST: Final = 512
-"""Values of a projection that fit the kernels."""
 LOWEST_FIXED: Final = 0.025
 """Temperature down to which exp(-2 / T) and sums of it are normal float32 numbers."""
 BAND: Final = 64
@@ -84,8 +82,10 @@ def fused_nt_xent(
     Raises:
         ValueError: a projection has more than 512 values.
     """
-    if first.shape[1] > WIDEST:
-        raise ValueError(f"fused NT-Xent takes up to {WIDEST} values, not {first.shape[1]}")
+    if first.shape[1] > WIDEST_PROJECTION:
+        raise ValueError(
+            f"fused NT-Xent takes up to {WIDEST_PROJECTION} values, not {first.shape[1]}"
+        )
     loss: Tensor = _Fused.apply(first, second, queue, temperature, grade, world)
     return loss
 

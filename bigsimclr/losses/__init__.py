@@ -21,6 +21,16 @@ class ContrastiveLoss(Protocol):
         ...
 
 
-def build_loss(section: NtXentLoss, world: World = ALONE) -> ContrastiveLoss:
-    """Make the contrastive loss that a recipe's `loss` section describes, over some ranks."""
-    return NtXent(temperature=section.temperature, row_chunk=section.row_chunk, world=world)
+def build_loss(
+    section: NtXentLoss, world: World = ALONE, *, fused: bool = False
+) -> ContrastiveLoss:
+    """Make the contrastive loss that a recipe's `loss` section describes, over some ranks.
+
+    Fused it has the digits of float32 as well: it is a small part of an update either way.
+    """
+    return NtXent(
+        temperature=section.temperature,
+        row_chunk=section.row_chunk,
+        fused="fp32" if fused else None,
+        world=world,
+    )

@@ -17,6 +17,7 @@ from bigsimclr.data.resident import make_resident
 from bigsimclr.data.subsets import read_list, select_labels, subset_hash
 from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import DataError
+from bigsimclr.kernels import uses_triton
 from bigsimclr.recipe.schema import AnyStage, AnyTraining
 from bigsimclr.recipe.sections import LabelsSection
 from bigsimclr.world import World
@@ -35,6 +36,7 @@ class Inputs:
     label_names: tuple[str, ...] | None  # of the labelled images; None where none is asked for
     settings: ViewSettings
     world: World
+    fused: bool  # whether this run computes with the fused kernels
     stop: StopRequest
     left_out: dict[str, str]  # images that evaluation could not read, with the reasons
 
@@ -50,7 +52,13 @@ class Inputs:
 
     def views(self, batch: Batch) -> Tensor:
         """Make the views [V*B,3,H,W] of a batch, on the device."""
-        return make_views(batch.pixels, batch.draws, self.settings, device=self.world.device)
+        return make_views(
+            batch.pixels,
+            batch.draws,
+            self.settings,
+            device=self.world.device,
+            fused=self.fused,
+        )
 
     def loader(self, recipe: AnyTraining, *, views: int) -> Loader:
         """Return the endless stream of training batches."""
@@ -143,6 +151,7 @@ def open_inputs(
             label_names=names,
             settings=view_settings(recipe.augment),
             world=world,
+            fused=uses_triton(recipe.parallel.kernels, world.device),
             stop=stop,
             left_out={},
         )

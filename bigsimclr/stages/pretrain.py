@@ -13,6 +13,7 @@ from bigsimclr.engine import Losses, MakeViews
 from bigsimclr.engine.loop import Trained
 from bigsimclr.engine.momentum import AveragedCopy, Queue
 from bigsimclr.engine.stop import StopRequest
+from bigsimclr.kernels import WIDEST_PROJECTION
 from bigsimclr.losses import ContrastiveLoss, build_loss
 from bigsimclr.losses.classify import cross_entropy, shown_per_rank
 from bigsimclr.models import Architecture, build_model
@@ -153,7 +154,11 @@ def pretrain(
     task = Task(
         objective=Contrast(
             model,
-            build_loss(recipe.loss, world),
+            build_loss(
+                recipe.loss,
+                world,
+                fused=inputs.fused and recipe.head.output_width <= WIDEST_PROJECTION,
+            ),
             width=recipe.head.output_width,
             queue=recipe.loss.queue,
             world=world,
