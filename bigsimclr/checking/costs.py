@@ -240,8 +240,9 @@ def _compute_text(recipe: AnyTraining, found: StageCost) -> str:
         how += ", and the teacher's forward pass" if known else ", without the unknown teacher"
     if isinstance(recipe, PretrainRecipe) and recipe.loss.queue is not None:
         how += ", and the averaged copy's forward pass"
-    if found.network.again_flops:
-        how += ", and the blocks' forward pass again"
+    again = found.network.again_flops / found.network.total.flops
+    if again:
+        how += f", and {again:.0%} of the forward pass again"
     text = (
         f"{si(found.network.total.flops, 'FLOP')} forward per view, {how}: "
         f"{si(found.update_flops, 'FLOP')} per update"

@@ -34,10 +34,14 @@ def place(tile, count, SIDE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(pointer, rows, known, WIDTH: tl.constexpr):
-    """Load rows of [.., WIDTH]; unknown ones are zeros."""
+def load_rows(units, rests, rows, known, WIDTH: tl.constexpr, SPLIT: tl.constexpr):
+    """Load rows of [.., WIDTH] and what was rounded away of them; unknown ones are zeros."""
     at = rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return tl.load(pointer + at, mask=known[:, None], other=0.0)
+    values = tl.load(units + at, mask=known[:, None], other=0.0)
+    rest = values
+    if SPLIT:
+        rest = tl.load(rests + at, mask=known[:, None], other=0.0)
+    return values, rest
 
 
 @triton.jit
@@ -47,13 +51,36 @@ def meet(first, length, second, other_length):
 
 
 @triton.jit
-def multiply(left, left_rest, right, right_rest, SPLIT: tl.constexpr):
+def _products(left, left_rest, right, right_rest, SPLIT: tl.constexpr):
     """Multiply rows with columns; SPLIT adds what bf16 left of either, for float32's digits."""
     right_ = tl.trans(right)
     product = tl.dot(left, right_, input_precision="ieee")
     if SPLIT:
         product += tl.dot(left, tl.trans(right_rest), input_precision="ieee")
         product += tl.dot(left_rest, right_, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def multiply(
+    left, left_rest, right, right_rest,
+    rows, row_rests, row, is_row, columns, column_rests, column, is_column,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Return the cosines of a tile; of rows too wide to be held, from a chunk at a time."""
+    if WIDTH <= WHOLE:
+        return _products(left, left_rest, right, right_rest, SPLIT)
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, WIDTH, CHUNK):
+        within = start + tl.arange(0, CHUNK)[None, :]
+        at, along = row[:, None] * WIDTH + within, column[:, None] * WIDTH + within
+        one = tl.load(rows + at, mask=is_row[:, None], other=0.0)
+        other = tl.load(columns + along, mask=is_column[:, None], other=0.0)
+        one_rest, other_rest = one, other
+        if SPLIT:
+            one_rest = tl.load(row_rests + at, mask=is_row[:, None], other=0.0)
+            other_rest = tl.load(column_rests + along, mask=is_column[:, None], other=0.0)
+        product += _products(one, one_rest, other, other_rest, SPLIT)
     return product
 
 
@@ -97,63 +124,33 @@ def normalise(
 
 
 @triton.jit
-def multiply_in_chunks(
-    rows, row_rests, row, is_row, columns, column_rests, column, is_column,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Multiply rows with columns too wide to be held, a chunk of both at a time."""
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, WIDTH, CHUNK):
-        within = start + tl.arange(0, CHUNK)[None, :]
-        at, along = row[:, None] * WIDTH + within, column[:, None] * WIDTH + within
-        left = tl.load(rows + at, mask=is_row[:, None], other=0.0)
-        right = tl.load(columns + along, mask=is_column[:, None], other=0.0)
-        left_rest, right_rest = left, right
-        if SPLIT:
-            left_rest = tl.load(row_rests + at, mask=is_row[:, None], other=0.0)
-            right_rest = tl.load(column_rests + along, mask=is_column[:, None], other=0.0)
-        product += multiply(left, left_rest, right, right_rest, SPLIT)
-    return product
-
-
-@triton.jit
 def add_up(
-    rows,  # [2B, W]
-    row_rests,
-    columns,  # [VIEWS x N, W]
-    column_rests,
-    pieces,  # [stripes, 2B] out: sums of a stripe's entries; ONLINE: of those less the largest
-    largest,  # [stripes, 2B] out, ONLINE only: largest cosine
-    mirrored,  # [band, 2B] out, SYMMETRIC only: sums over a row tile's rows, for its columns
-    pairs,
-    column_pairs,
-    position,  # of the first row
-    first_tile,  # of the rows of this launch
-    stripe,  # column tiles of a program
-    scale,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    VIEWS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    ONLINE: tl.constexpr,
-):
+    rows, row_rests, columns, column_rests, pieces, largest, mirrored,
+    pairs, column_pairs, position, first_tile, stripe, scale,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VIEWS: tl.constexpr,
+    SPLIT: tl.constexpr, SYMMETRIC: tl.constexpr, ONLINE: tl.constexpr,
+):  # fmt: skip
     """Add up the entries of the negatives in one tile of rows and one stripe of columns.
 
     VIEWS is 2 for views and 1 for a queue, whose columns are negatives of every row. SYMMETRIC
     makes the tiles on and above the diagonal only, and adds their columns as well.
+
+    Args:
+        rows, row_rests: [2B, W].
+        columns, column_rests: [VIEWS x N, W].
+        pieces: [stripes, 2B] out, sums of a stripe's entries; ONLINE: of those less the largest.
+        largest: [stripes, 2B] out, ONLINE only: the largest cosine of each row in a stripe.
+        mirrored: [band, 2B] out, SYMMETRIC only: sums over a row tile's rows, for its columns.
+        position: of the first row.
+        first_tile: of the rows of this launch.
+        stripe: column tiles of a program.
     """
     tile = first_tile + tl.program_id(0)
     view, row_start = place(tile, pairs, ROWS)
     inside = row_start + tl.arange(0, ROWS)
     is_row = inside < pairs
     row = (view * pairs + inside).to(tl.int64)
-    if WIDTH <= WHOLE:
-        left = load_rows(rows, row, is_row, WIDTH)
-        left_rest = left
-        if SPLIT:
-            left_rest = load_rows(row_rests, row, is_row, WIDTH)
+    left, left_rest = load_rows(rows, row_rests, row, is_row, WIDTH, SPLIT)
     begin = tl.program_id(1) * stripe
     end = tl.minimum(begin + stripe, VIEWS * tl.cdiv(column_pairs, COLUMNS))
     if SYMMETRIC:
@@ -165,17 +162,12 @@ def add_up(
         along = start + tl.arange(0, COLUMNS)
         is_column = along < column_pairs
         column = (side * column_pairs + along).to(tl.int64)
-        if WIDTH <= WHOLE:
-            right = load_rows(columns, column, is_column, WIDTH)
-            right_rest = right
-            if SPLIT:
-                right_rest = load_rows(column_rests, column, is_column, WIDTH)
-            scores = multiply(left, left_rest, right, right_rest, SPLIT)
-        else:
-            scores = multiply_in_chunks(
-                rows, row_rests, row, is_row, columns, column_rests, column, is_column,
-                WIDTH, ROWS, COLUMNS, SPLIT,
-            )  # fmt: skip
+        right, right_rest = load_rows(columns, column_rests, column, is_column, WIDTH, SPLIT)
+        scores = multiply(
+            left, left_rest, right, right_rest,
+            rows, row_rests, row, is_row, columns, column_rests, column, is_column,
+            WIDTH, ROWS, COLUMNS, SPLIT,
+        )  # fmt: skip
         special = start + COLUMNS > column_pairs
         if VIEWS == 2:
             special |= meet(position + row_start, ROWS, start, COLUMNS)

@@ -10,8 +10,9 @@ imported. All counts are exact for the implementation in this package:
   in 16 bits, the copy of the image. Not counted is what no further view adds to (weights and
   their 16-bit copies, batch statistics), the image itself, and whatever the loss keeps.
 * Where stem and blocks are computed again (`models.memory`), they keep their inputs, and with
-  `selective` their convolutions' results. While the backward pass is in one of them, all that it
-  would have kept is there again, beside a gradient that comes in and one that is made of it.
+  `selective` their convolutions' results, but for the last one of a bottleneck. While the backward
+  pass is in one of them, all that it would have kept is there again, beside a gradient that comes
+  in and one that is made of it.
 """
 
 from collections.abc import Iterator
@@ -145,6 +146,7 @@ class _Walk:
         self._kept = 0  # bytes
         self._convolved = 0  # bytes that convolutions made
         self._widest = 0  # values in one result of a convolution of this block
+        self._last = (0, 0)  # bytes that the last convolution made, and its FLOPs
 
     def take(self) -> Part:
         """Return the sums since the last call."""
@@ -153,12 +155,15 @@ class _Walk:
         return part
 
     @contextmanager
-    def block(self, out_values: int, *, is_last: bool = False) -> Iterator[None]:
+    def block(
+        self, out_values: int, *, is_last: bool = False, repeats_last: bool = False
+    ) -> Iterator[None]:
         """Pass the stem or a residual block, whose input is kept in every case.
 
         Args:
             out_values: in its result, which the next one keeps.
             is_last: nobody keeps it.
+            repeats_last: `selective` computes the last convolution again as well.
         """
         kept, convolved, flops = self._kept, self._convolved, self._flops
         parameters = self._parameters
@@ -171,6 +176,9 @@ class _Walk:
         self._kept = kept + (0 if is_last else out_values * self.value_bytes)
         if self._memory == "selective":
             self._kept += self._convolved - convolved
+            if repeats_last:
+                self._kept -= self._last[0]
+                self.again_flops += self._last[1]
         else:
             self.again_flops += self._flops - flops
 
@@ -186,7 +194,8 @@ class _Walk:
         self._flops += 2 * weights * side * side
         self.largest = max(self.largest, out_width * side * side)
         self._widest = max(self._widest, out_width * side * side)
-        self._convolved += out_width * side * side * self.value_bytes
+        self._last = (out_width * side * side * self.value_bytes, 2 * weights * side * side)
+        self._convolved += self._last[0]
 
     def dense(self, in_width: int, out_width: int, *, kept: bool, has_bias: bool = False) -> None:
         """Pass a dense layer, whose input may be kept by another layer already."""
@@ -226,7 +235,9 @@ def _walk_backbone(walk: _Walk, architecture: Architecture, image_size: int, *, 
             stride = 2 if index == 0 and number > 0 else 1
             out_side = _strided(side, stride)
             is_last = number == len(plan.blocks) - 1 and index == blocks - 1
-            with walk.block(out_width * out_side * out_side, is_last=is_last):
+            with walk.block(
+                out_width * out_side * out_side, is_last=is_last, repeats_last=plan.bottleneck
+            ):
                 if index == 0:
                     if section.selective_kernel:
                         _walk_shortcut_pool(walk, width, side, stride)

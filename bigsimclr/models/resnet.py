@@ -173,7 +173,7 @@ class Bottleneck(Recomputed):
         inputs: Tensor,  # [N, C, H, W]
     ) -> Tensor:  # [N, 4 width, H / stride, W / stride]
         """Add the residual to the shortcut."""
-        return self.compute(self._add_residual, inputs, norms_in=(self,))
+        return self.compute(self._add_residual, inputs, norms_in=(self,), repeats_last=True)
 
     def _add_residual(self, inputs: Tensor) -> Tensor:
         shortcut = inputs if self.downsample is None else self.downsample(inputs)
