@@ -67,7 +67,7 @@ def slope(
 ):  # fmt: skip
     """Make a tile of rows' scores again, and from them the whole gradient of its projections.
 
-    Args:
+    Shapes:
         rows, row_rests: [2B, W].
         columns, column_rests: [2N, W].
         queue, queue_rests: [Q, W].

@@ -135,7 +135,7 @@ def add_up(
     VIEWS is 2 for views and 1 for a queue, whose columns are negatives of every row. SYMMETRIC
     makes the tiles on and above the diagonal only, and adds their columns as well.
 
-    Args:
+    Shapes:
         rows, row_rests: [2B, W].
         columns, column_rests: [VIEWS x N, W].
         pieces: [stripes, 2B] out, sums of a stripe's entries; ONLINE: of those less the largest.
