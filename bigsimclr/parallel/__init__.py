@@ -122,11 +122,11 @@ def build_strategy(section: "ParallelSection", world: "World") -> Strategy:
         case "ddp":
             from bigsimclr.parallel.ddp import DataParallel
 
-            return DataParallel(world, precision)
+            return DataParallel(world, precision, exchange=section.gradient_exchange)
         case "zero1":
             from bigsimclr.parallel.zero1 import ZeroOne
 
-            return ZeroOne(world, precision)
+            return ZeroOne(world, precision, exchange=section.gradient_exchange)
         case "fsdp2":
             from bigsimclr.parallel.fsdp2 import FullySharded
 

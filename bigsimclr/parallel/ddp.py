@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,16 @@ from bigsimclr.world import Sum, World
 
 BUCKET_BYTES = 25 << 20
 
+Exchange = Literal["fp32", "bf16"]
+"""Type in which gradients travel: their own, which is float32, or rounded to bfloat16."""
+
 
 @dataclass
 class _Bucket:
     """Parameters whose gradients travel together."""
 
     parameters: list[nn.Parameter]
+    exchange: Exchange
     missing: int = 0  # gradients that the last backward pass has yet to make
     sent: list[nn.Parameter] = field(default_factory=list)  # those that have a gradient
     sum: Sum | None = None  # on its way
@@ -38,7 +43,7 @@ class _Bucket:
         self.sent = [parameter for parameter in self.parameters if parameter.grad is not None]
         if self.sent:
             flat = torch.cat([_gradient(parameter).reshape(-1) for parameter in self.sent])
-            self.sum = world.start_sum(flat)
+            self.sum = world.start_sum(flat.bfloat16() if self.exchange == "bf16" else flat)
 
     def receive(self, world: World) -> None:
         """Replace the gradients by the ranks' mean."""
@@ -61,10 +66,16 @@ class Buckets:
         world: the ranks.
         parameters: those that take a gradient, in the order of the model.
         bucket_bytes: gradients that travel together.
+        exchange: type in which they do.
     """
 
     def __init__(
-        self, world: World, parameters: Sequence[nn.Parameter], *, bucket_bytes: int
+        self,
+        world: World,
+        parameters: Sequence[nn.Parameter],
+        *,
+        bucket_bytes: int,
+        exchange: Exchange,
     ) -> None:
         self._world = world
         self._buckets: list[_Bucket] = []
@@ -72,7 +83,7 @@ class Buckets:
         self._is_last = True
         # Backward passes make gradients roughly in the opposite order of the parameters.
         for bucketed in in_buckets(parameters[::-1], bucket_bytes):
-            bucket = _Bucket(bucketed)
+            bucket = _Bucket(bucketed, exchange)
             for parameter in bucketed:
                 parameter.register_post_accumulate_grad_hook(partial(self._made, bucket))
             self._buckets.append(bucket)
@@ -119,14 +130,21 @@ class DataParallel:
         precision: arithmetic and loss scale; its verdicts come out alike on all ranks, which all
             see the same mean of gradients.
         bucket_bytes: gradients that travel together.
+        exchange: type in which they do.
     """
 
     def __init__(
-        self, world: World, precision: Precision, *, bucket_bytes: int = BUCKET_BYTES
+        self,
+        world: World,
+        precision: Precision,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+        exchange: Exchange = "fp32",
     ) -> None:
         self._world = world
         self._single = Single(precision)
         self._bucket_bytes = bucket_bytes
+        self._gradient_type: Exchange = exchange
         self._buckets: Buckets | None = None
 
     @property
@@ -140,7 +158,10 @@ class DataParallel:
         self._single.prepare(model, make_optimizer)
         copy_from_first(model, self._world)
         self._buckets = Buckets(
-            self._world, list(trained(model).values()), bucket_bytes=self._bucket_bytes
+            self._world,
+            list(trained(model).values()),
+            bucket_bytes=self._bucket_bytes,
+            exchange=self._gradient_type,
         )
 
     def compute(self) -> AbstractContextManager[None]:

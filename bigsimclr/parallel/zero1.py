@@ -19,7 +19,7 @@ from bigsimclr.models.simclr import SimCLR
 from bigsimclr.optim import load_optimizer_state, optimizer_state, set_learning_rate
 from bigsimclr.optim.tensors import copy_tensors, tensors_of
 from bigsimclr.parallel import Choose, MakeOptimizer, Update
-from bigsimclr.parallel.ddp import BUCKET_BYTES, Buckets, copy_from_first, in_buckets
+from bigsimclr.parallel.ddp import BUCKET_BYTES, Buckets, Exchange, copy_from_first, in_buckets
 from bigsimclr.parallel.precision import Precision
 from bigsimclr.parallel.single import trained
 from bigsimclr.world import World
@@ -35,11 +35,18 @@ class ZeroOne:
         world: the ranks.
         precision: arithmetic and loss scale.
         bucket_bytes: gradients, or updated parameters, that travel together.
+        exchange: type in which gradients do.
     """
 
     def __init__(
-        self, world: World, precision: Precision, *, bucket_bytes: int = BUCKET_BYTES
+        self,
+        world: World,
+        precision: Precision,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+        exchange: Exchange = "fp32",
     ) -> None:
+        self._gradient_type: Exchange = exchange
         self._world = world
         self._precision = precision
         self._bucket_bytes = bucket_bytes
@@ -62,7 +69,10 @@ class ZeroOne:
         own = {name: parameter for (name, parameter), owner in named if owner == self._world.rank}
         self._optimizer = make_optimizer(own) if own else None
         self._buckets = Buckets(
-            self._world, list(parameters.values()), bucket_bytes=self._bucket_bytes
+            self._world,
+            list(parameters.values()),
+            bucket_bytes=self._bucket_bytes,
+            exchange=self._gradient_type,
         )
 
     @property

@@ -133,6 +133,14 @@ def _parallel_breaches(parallel: ParallelSection) -> list[tuple[str, str]]:
                 "parallel.strategy=fsdp2",
             )
         )
+    if parallel.gradient_exchange == "bf16" and parallel.strategy not in {"ddp", "zero1"}:
+        breaches.append(
+            (
+                "parallel.gradient_exchange",
+                f"{parallel.strategy} adds gradients up in its own type; bf16 is for "
+                "parallel.strategy=ddp or zero1",
+            )
+        )
     if parallel.offload and not parallel.strategy.startswith("deepspeed_"):
         breaches.append(
             (

@@ -36,6 +36,9 @@ class ParallelSection(Section):
     sync_group_size: PositiveInt | None = None
     """Ranks that share their batch norm statistics; null: all of them, so that the number of ranks
     changes nothing."""
+    gradient_exchange: Literal["fp32", "bf16"] = "fp32"
+    """ddp and zero1 only. Type in which gradients are added up over the ranks; bf16 halves the
+    traffic and rounds every sum to three digits, alike on all ranks."""
     reshard: bool = True
     """fsdp2 only. Free a block's gathered parameters after its forward pass; false keeps them for
     the backward pass: more memory, less traffic."""

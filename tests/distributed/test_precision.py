@@ -21,11 +21,15 @@ pytestmark = pytest.mark.slow
 STRATEGIES = ["ddp", "zero1", "fsdp2"]
 
 
-def prepared(world: World, kind: str, precision: str) -> tuple[Strategy, SimCLR]:
+def prepared(
+    world: World, kind: str, precision: str, exchange: str = "fp32"
+) -> tuple[Strategy, SimCLR]:
     backbone = ResNetBackbone(depth=10, width=0.125, stem="cifar")
     model = build_model(Architecture(backbone, None, 3, 0), seed=0).train()
     share_batch_norm(model, world)
-    section = ParallelSection(strategy=kind, device="cpu", precision=precision)
+    section = ParallelSection(
+        strategy=kind, device="cpu", precision=precision, gradient_exchange=exchange
+    )
     strategy = build_strategy(section, world)
     lars = Lars(kind="lars", learning_rate=0.1, rate_scaling="none")
     strategy.prepare(
@@ -99,3 +103,23 @@ def test_bf16_is_the_same_arithmetic_under_every_strategy() -> None:
         ours, theirs = torch.tensor(found["fsdp2"][name]), torch.tensor(values)
         # Weights of another memory layout are summed in another order before they are rounded.
         assert (ours - theirs).norm() <= 2e-2 * theirs.norm().clamp_min(1e-2), name
+
+
+def exchanged(world: World, kind: str, exchange: str) -> list[list]:
+    """Weights after an update whose gradients were exchanged in a type."""
+    strategy, model = prepared(world, kind, "fp32", exchange)
+    step(strategy, model, world, 1.0)
+    strategy.update()
+    return [parameter.tolist() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gradients_that_travel_in_bf16(size: int) -> None:
+    exact = on_ranks(size, partial(exchanged, kind="ddp", exchange="fp32"))
+    found = on_ranks(size, partial(exchanged, kind="ddp", exchange="bf16"))
+    assert all(part == found[0] for part in found)  # alike on all ranks
+    assert on_ranks(size, partial(exchanged, kind="zero1", exchange="bf16"))[0] == found[0]
+    assert found[0] != exact[0]  # it was not float32
+    for rounded, plain in zip(found[0], exact[0], strict=True):
+        ours, theirs = torch.tensor(rounded), torch.tensor(plain)
+        assert (ours - theirs).norm() <= 4e-3 * theirs.norm().clamp_min(1e-2)

@@ -73,6 +73,11 @@ def test_two_passes_are_those_of_one_direct_update() -> None:
         ("", "reshard: false", "parallel.reshard: ddp gathers no parameters"),
         ("", "strategy: deepspeed_zero3, reshard: false", "parallel.reshard: deepspeed_zero3 gat"),
         ("", "offload: true", "parallel.offload: ddp keeps the optimizer state on the device"),
+        (
+            "",
+            "strategy: fsdp2, gradient_exchange: bf16",
+            "parallel.gradient_exchange: fsdp2 adds gradients up in its own type",
+        ),
         ("", "strategy: fsdp2, offload: true", "parallel.offload: fsdp2 keeps the optimizer"),
     ],
 )
