@@ -67,7 +67,7 @@ class BatchNorm(nn.Module):
     def forward(
         self,
         inputs: Tensor,  # [N, C] or [N, C, H, W], any memory format
-        residual: Tensor | None = None,  # as inputs
+        residual: Tensor | None = None,  # [N, C] or [N, C, H, W]
         *,
         relu: bool = False,
     ) -> Tensor:  # as inputs
