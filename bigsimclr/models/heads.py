@@ -5,7 +5,6 @@ Shapes: N images, F = feature width, D = projection width, K classes.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from bigsimclr.models.layers import Dense
@@ -32,8 +31,8 @@ class HeadLayer(nn.Module):
         inputs: Tensor,  # [N, in_width]
     ) -> Tensor:  # [N, out_width]
         """Apply the layer."""
-        outputs: Tensor = self.bn(self.dense(inputs))
-        return outputs if self.is_last else F.relu(outputs, inplace=True)
+        outputs: Tensor = self.bn(self.dense(inputs), relu=not self.is_last)
+        return outputs
 
 
 class ProjectionHead(nn.Module):

@@ -3,7 +3,7 @@
 Shapes: N images of this rank, C channels, H x W positions, W ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -28,7 +28,7 @@ class Note:
 
     written: bool = False
     moved: bool = False  # the running statistics
-    statistics: tuple[Tensor, Tensor] | None = None  # [C], [C] of all ranks; None: of one rank
+    statistics: tuple[Tensor, Tensor] | None = None  # [C], [C]; None: PyTorch takes them again
 
 
 class BatchNorm(nn.Module):
@@ -39,6 +39,9 @@ class BatchNorm(nn.Module):
 
     After `share_batch_norm` the statistics are those of all ranks' images: exactly the variance of
     the whole, and exactly its gradient. Unlike `torch.nn.SyncBatchNorm`, also on a CPU.
+
+    After `fuse_batch_norm` a training pass over 16 or 32 bits in channels_last is one of fused
+    kernels; every other pass, that of evaluation mode included, stays with PyTorch.
 
     Source: google-research/simclr resnet.py BatchNormRelu (fused=False) and cross_replica_average,
         tf2/resnet.py.
@@ -52,6 +55,7 @@ class BatchNorm(nn.Module):
         self.channels = channels
         self.moves_running_statistics = True
         self.world = ALONE
+        self.fused = False
         self.note: Note | None = None  # an empty one is written to, a written one obeyed
         scale = torch.zeros(channels) if zero_scale else torch.ones(channels)
         self.weight = nn.Parameter(scale)
@@ -63,22 +67,39 @@ class BatchNorm(nn.Module):
     def forward(
         self,
         inputs: Tensor,  # [N, C] or [N, C, H, W], any memory format
+        residual: Tensor | None = None,  # [N, C] or [N, C, H, W]
+        *,
+        relu: bool = False,
     ) -> Tensor:  # as inputs
         """Normalise with the batch's statistics in training mode, else with the running ones.
+
+        Args:
+            inputs: what to normalise.
+            residual: added to the result.
+            relu: then cut at zero.
 
         Raises:
             ValueError: training mode with a single value per channel, which has no variance.
         """
+        is_again = self.note is not None and self.note.written
+        if self.fused and (self.training or is_again) and _suits_kernels(inputs):
+            return self._fuse(inputs, residual, relu=relu)
+        outputs = self._normalise(inputs)
+        if residual is not None:
+            outputs = outputs.add_(residual)
+        return F.relu(outputs, inplace=True) if relu else outputs
+
+    def _normalise(self, inputs: Tensor) -> Tensor:
         if self.note is not None and self.note.written:
             return self._again(inputs, self.note)
         if not self.training:
             return F.batch_norm(
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=EPSILON
             )
+        if self.world.size > 1:
+            return self._over_all_ranks(inputs, *self._statistics(inputs, _own_statistics))
         if self.note is not None:
             self.note.written, self.note.moved = True, self.moves_running_statistics
-        if self.world.size > 1:
-            return self._over_all_ranks(inputs)
         if not self.moves_running_statistics:
             return F.batch_norm(
                 inputs, None, None, self.weight, self.bias, training=True, eps=EPSILON
@@ -102,14 +123,43 @@ class BatchNorm(nn.Module):
             self.running_var.mul_(1 - MOMENTUM).add_(scratch, alpha=(values - 1) / values)
         return outputs
 
-    def _over_all_ranks(self, inputs: Tensor) -> Tensor:
-        mean, variance = _global_statistics(inputs, self.world)
+    def _fuse(self, inputs: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+        from bigsimclr.kernels.norm_act import norm_act
+        from bigsimclr.kernels.norm_statistics import batch_statistics
+
+        if self.world.size == 1 and inputs.numel() == self.channels:
+            raise ValueError(
+                f"batch norm needs more than 1 value per channel, got {list(inputs.shape)}"
+            )
+        noted = None if self.note is None else self.note.statistics
+        mean, variance = noted or self._statistics(inputs, batch_statistics)
+        return norm_act(
+            inputs,
+            mean,
+            variance,
+            self.weight,
+            self.bias,
+            residual,
+            epsilon=EPSILON,
+            relu=relu,
+            ranks=self.world.size,
+            total=self.world.total if self.world.size > 1 else None,
+        )
+
+    @torch.no_grad()
+    def _statistics(
+        self, inputs: Tensor, measure: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Take the statistics of all ranks' inputs, note them, and move the running ones."""
+        mean, variance = _over_ranks(*measure(inputs), self.world)
         if self.note is not None:
-            self.note.statistics = mean, variance
+            self.note.written, self.note.statistics = True, (mean, variance)
         if self.moves_running_statistics:
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
-                self.running_var.lerp_(variance.to(self.running_var.dtype), MOMENTUM)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
+            self.running_var.lerp_(variance.to(self.running_var.dtype), MOMENTUM)
+        return mean, variance
+
+    def _over_all_ranks(self, inputs: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         outputs: Tensor = _GlobalNorm.apply(  # type: ignore[no-untyped-call]
             inputs, mean, variance, self.weight, self.bias, self.world
         )
@@ -118,10 +168,7 @@ class BatchNorm(nn.Module):
     def _again(self, inputs: Tensor, note: Note) -> Tensor:
         """Repeat a training forward pass: no collective, and nothing moves."""
         if note.statistics is not None:
-            outputs: Tensor = _GlobalNorm.apply(  # type: ignore[no-untyped-call]
-                inputs, *note.statistics, self.weight, self.bias, self.world
-            )
-            return outputs
+            return self._over_all_ranks(inputs, *note.statistics)
         # Autograd must be given as many tensors to keep as in the first pass.
         mean = torch.zeros_like(self.running_mean) if note.moved else None
         variance = torch.zeros_like(self.running_var) if note.moved else None
@@ -144,6 +191,16 @@ def share_batch_norm(model: nn.Module, world: World) -> None:
             module.world = world
 
 
+def fuse_batch_norm(model: nn.Module) -> None:
+    """Let every `BatchNorm` in `model` use the fused kernels where it can.
+
+    Names and values of parameters do not change; results do, by rounding errors.
+    """
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.fused = True
+
+
 def shared_batch_norms(model: nn.Module) -> dict[BatchNorm, World]:
     """Return every `BatchNorm` in `model` with the ranks that share its statistics."""
     return {module: module.world for module in model.modules() if isinstance(module, BatchNorm)}
@@ -162,19 +219,32 @@ def average_running_statistics(model: nn.Module, world: World) -> None:
                 statistics.copy_(world.total(statistics) / world.size)
 
 
-@torch.no_grad()
-def _global_statistics(
+def _own_statistics(
     inputs: Tensor,  # [N, C] or [N, C, H, W]
-    world: World,
-) -> tuple[Tensor, Tensor]:  # [C], [C]: mean and variance over all ranks, float32 or float64
-    dimensions = _all_but_channels(inputs)
+) -> tuple[Tensor, Tensor]:  # [C], [C]: mean and variance of one rank, float32 or float64
     precise = inputs if inputs.dtype == torch.float64 else inputs.float()
-    variance, mean = torch.var_mean(precise, dimensions, correction=0)
+    variance, mean = torch.var_mean(precise, _all_but_channels(inputs), correction=0)
+    return mean, variance
+
+
+def _over_ranks(
+    mean: Tensor,  # [C] of one rank
+    variance: Tensor,  # [C]
+    world: World,
+) -> tuple[Tensor, Tensor]:  # [C], [C]
+    if world.size == 1:
+        return mean, variance
     # The variance of the whole is the mean of the parts' variances, and that of their means. Sums
     # of squares would be one collective too, and lose half the digits.
     variances, means = world.gather(torch.stack([variance, mean])).unbind(1)
     mean = means.mean(0)
     return mean, variances.mean(0) + (means - mean).square().mean(0)
+
+
+def _suits_kernels(inputs: Tensor) -> bool:
+    from bigsimclr.kernels.norm_statistics import suits
+
+    return suits(inputs)
 
 
 class _GlobalNorm(Function):

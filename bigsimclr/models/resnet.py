@@ -122,9 +122,9 @@ class BasicBlock(Recomputed):
 
     def _add_residual(self, inputs: Tensor) -> Tensor:
         shortcut = inputs if self.downsample is None else self.downsample(inputs)
-        outputs = F.relu(self.bn1(self.conv1(inputs)), inplace=True)
-        outputs = self.bn2(self.conv2(outputs))
-        return F.relu(outputs.add_(shortcut), inplace=True)
+        hidden = self.bn1(self.conv1(inputs), relu=True)
+        outputs: Tensor = self.bn2(self.conv2(hidden), shortcut, relu=True)
+        return outputs
 
 
 class Bottleneck(Recomputed):
@@ -177,25 +177,44 @@ class Bottleneck(Recomputed):
 
     def _add_residual(self, inputs: Tensor) -> Tensor:
         shortcut = inputs if self.downsample is None else self.downsample(inputs)
-        outputs = F.relu(self.bn1(self.conv1(inputs)), inplace=True)
-        outputs = self.conv2(outputs)
+        hidden = self.conv2(self.bn1(self.conv1(inputs), relu=True))
         if self.bn2 is not None:
-            outputs = F.relu(self.bn2(outputs), inplace=True)
-        outputs = self.bn3(self.conv3(outputs))
-        return F.relu(outputs.add_(shortcut), inplace=True)
+            hidden = self.bn2(hidden, relu=True)
+        outputs: Tensor = self.bn3(self.conv3(hidden), shortcut, relu=True)
+        return outputs
 
 
-def _pooled_stem(width: int, generator: torch.Generator) -> nn.Sequential:
-    half = width // 2
-    return nn.Sequential(
-        Convolution(3, half, kernel=3, stride=2, generator=generator),
-        BatchNorm(half),
-        nn.ReLU(inplace=True),
-        Convolution(half, half, kernel=3, generator=generator),
-        BatchNorm(half),
-        nn.ReLU(inplace=True),
-        Convolution(half, width, kernel=3, generator=generator),
-    )
+class PooledStem(nn.Sequential):
+    """The three convolutions of a ResNet-D stem, and what lies between them.
+
+    Each batch norm does the work of the ReLU behind it, which keeps its place for the names.
+
+    Source: google-research/simclr resnet.py resnet_v1_generator.
+    """
+
+    def __init__(self, width: int, generator: torch.Generator) -> None:
+        half = width // 2
+        super().__init__(
+            Convolution(3, half, kernel=3, stride=2, generator=generator),
+            BatchNorm(half),
+            nn.ReLU(),
+            Convolution(half, half, kernel=3, generator=generator),
+            BatchNorm(half),
+            nn.ReLU(),
+            Convolution(half, width, kernel=3, generator=generator),
+        )
+
+    @override
+    def forward(
+        self,
+        images: Tensor,  # [N, 3, H, W]
+    ) -> Tensor:  # [N, C, H / 2, W / 2]
+        """Convolve three times."""
+        first, first_norm, _, second, second_norm, _, last = self
+        hidden = first_norm(first(images), relu=True)
+        hidden = second_norm(second(hidden), relu=True)
+        outputs: Tensor = last(hidden)
+        return outputs
 
 
 class ResNet(Recomputed):
@@ -233,7 +252,7 @@ class ResNet(Recomputed):
         if stem == "cifar":
             self.conv1 = Convolution(3, in_width, kernel=3, generator=generator)
         elif selective_kernel:
-            self.conv1 = _pooled_stem(in_width, generator)
+            self.conv1 = PooledStem(in_width, generator)
         else:
             self.conv1 = Convolution(3, in_width, kernel=7, stride=2, generator=generator)
         self.bn1 = BatchNorm(in_width)
@@ -272,5 +291,5 @@ class ResNet(Recomputed):
         return features
 
     def _pass_stem(self, images: Tensor) -> Tensor:
-        hidden: Tensor = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        hidden: Tensor = self.maxpool(self.bn1(self.conv1(images), relu=True))
         return hidden
