@@ -176,6 +176,41 @@ class BatchNorm(nn.Module):
             inputs, mean, variance, self.weight, self.bias, training=True, eps=EPSILON
         )
 
+    @torch.no_grad()
+    def training_statistics(
+        self,
+        inputs: Tensor,  # [N, C] or [N, C, H, W], any memory format
+        compute: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:  # [C], [C]: mean and biased variance over all ranks
+        """Do what a training forward pass does before it normalises, for code that then does so.
+
+        Moves the running statistics; a pass made again does not, and returns those of the first.
+
+        Args:
+            inputs: what will be normalised.
+            compute: returns mean and biased variance of its argument, in float32 or float64.
+
+        Raises:
+            ValueError: a single value per channel, which has no variance.
+        """
+        if self.note is not None and self.note.statistics is not None:
+            return self.note.statistics
+        if inputs.numel() * self.world.size == self.channels:
+            raise ValueError(
+                f"batch norm needs more than 1 value per channel, got {list(inputs.shape)}"
+            )
+        mean, variance = compute(inputs)
+        if self.world.size > 1:
+            variances, means = self.world.gather(torch.stack([variance, mean])).unbind(1)
+            mean = means.mean(0)
+            variance = variances.mean(0) + (means - mean).square().mean(0)
+        if self.note is not None:
+            self.note.written, self.note.statistics = True, (mean, variance)
+        if self.moves_running_statistics:
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
+            self.running_var.lerp_(variance.to(self.running_var.dtype), MOMENTUM)
+        return mean, variance
+
     @override
     def extra_repr(self) -> str:
         return f"{self.channels}, has_bias={self.bias is not None}"

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from bigsimclr.models.anatomy import selective_width
 from bigsimclr.models.layers import Convolution
-from bigsimclr.models.norm import BatchNorm
+from bigsimclr.models.norm import EPSILON, BatchNorm
 
 
 class SelectiveKernel(nn.Module):
@@ -21,6 +21,8 @@ class SelectiveKernel(nn.Module):
 
     Source: google-research/simclr resnet.py sk_conv2d.
     """
+
+    fused = False
 
     def __init__(
         self, in_width: int, width: int, *, stride: int, generator: torch.Generator
@@ -39,11 +41,64 @@ class SelectiveKernel(nn.Module):
         inputs: Tensor,  # [N, C, H, W]
     ) -> Tensor:  # [N, F, H / stride, W / stride]
         """Mix the two streams."""
-        streams = F.relu(self.bn(self.conv(inputs)), inplace=True)
+        streams = self.conv(inputs)
+        if self.fused and self._is_for_kernels(streams):
+            return self._mix_fused(streams)
+        streams = F.relu(self.bn(streams), inplace=True)
         # The mean of the sum is the sum of the means: no stream-sized sum is written to memory.
         first_mean, second_mean = streams.mean(dim=(2, 3), keepdim=True).chunk(2, dim=1)
-        chosen = F.relu(self.reduce_bn(self.reduce(first_mean + second_mean)), inplace=True)
-        weights = self.expand(chosen).unflatten(1, (2, -1)).softmax(dim=1)  # [N, 2, F, 1, 1]
+        weights = self._choose(first_mean + second_mean)
         first, second = streams.chunk(2, dim=1)
         mixed: Tensor = first * weights[:, 0] + second * weights[:, 1]
         return mixed
+
+    def _choose(
+        self,
+        pooled: Tensor,  # [N, F, 1, 1]
+    ) -> Tensor:  # [N, 2, F, 1, 1]
+        chosen = F.relu(self.reduce_bn(self.reduce(pooled)), inplace=True)
+        weights: Tensor = self.expand(chosen).unflatten(1, (2, -1)).softmax(dim=1)
+        return weights
+
+    def _is_for_kernels(self, streams: Tensor) -> bool:
+        # Between its two passes, a checkpointed network may have been put in evaluation mode.
+        is_repeated = self.bn.note is not None and self.bn.note.written
+        return (
+            (self.bn.training or is_repeated)
+            and streams.dtype in {torch.float32, torch.bfloat16, torch.float16}
+            and streams.is_contiguous(memory_format=torch.channels_last)
+        )
+
+    def _mix_fused(
+        self,
+        streams: Tensor,  # [N, 2F, H, W] before batch norm
+    ) -> Tensor:  # [N, F, H, W]
+        from bigsimclr.kernels.select import Handover, Norm, mix, pool
+
+        bn = self.bn
+        if bn.bias is None:
+            raise AssertionError("the batch norm of two streams has a bias")
+        mean, variance = bn.training_statistics(streams, _statistics)
+        norm = Norm(mean, variance, bn.weight, bn.bias, epsilon=EPSILON, world=bn.world)
+        handover = Handover()
+        first_mean, second_mean = pool(streams, norm, handover).chunk(2, dim=1)
+        pooled = (first_mean + second_mean).to(self.reduce.weight.dtype)
+        weights = self._choose(pooled[:, :, None, None])
+        return mix(streams, norm, weights.flatten(1), handover)
+
+
+def fuse_selective_kernels(model: nn.Module) -> None:
+    """Let every `SelectiveKernel` in `model` train with the kernels of `bigsimclr.kernels.select`.
+
+    They take channels_last inputs in float32 or 16 bits; all others, and evaluation, stay plain.
+    """
+    for module in model.modules():
+        if isinstance(module, SelectiveKernel):
+            module.fused = True
+
+
+def _statistics(
+    streams: Tensor,  # [N, 2F, H, W]
+) -> tuple[Tensor, Tensor]:  # [2F], [2F]: mean and biased variance, float32
+    variance, mean = torch.var_mean(streams.float(), (0, 2, 3), correction=0)
+    return mean, variance
