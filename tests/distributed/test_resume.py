@@ -53,7 +53,7 @@ augment: {{image_size: 8, colour_probability: 0.0, grey_probability: 0.0, blur_p
 backbone: {{depth: 10, width: 0.125, stem: cifar}}
 head: {{output_width: 16}}
 loss: {{temperature: 0.5, queue: {{length: 64, ema_decay: 0.9}}}}
-optimizer: {{kind: lars, learning_rate: 0.01, rate_scaling: none}}
+optimizer: {{kind: lars, learning_rate: 0.001, rate_scaling: none}}
 schedule: {{steps: {STEPS}, warmup_epochs: 4}}
 batch: {{global_batch: 24}}
 log: {{every_steps: 1}}
