@@ -127,12 +127,7 @@ class BatchNorm(nn.Module):
         from bigsimclr.kernels.norm_act import norm_act
         from bigsimclr.kernels.norm_statistics import batch_statistics
 
-        if self.world.size == 1 and inputs.numel() == self.channels:
-            raise ValueError(
-                f"batch norm needs more than 1 value per channel, got {list(inputs.shape)}"
-            )
-        noted = None if self.note is None else self.note.statistics
-        mean, variance = noted or self._statistics(inputs, batch_statistics)
+        mean, variance = self.training_statistics(inputs, batch_statistics)
         return norm_act(
             inputs,
             mean,
@@ -199,17 +194,7 @@ class BatchNorm(nn.Module):
             raise ValueError(
                 f"batch norm needs more than 1 value per channel, got {list(inputs.shape)}"
             )
-        mean, variance = compute(inputs)
-        if self.world.size > 1:
-            variances, means = self.world.gather(torch.stack([variance, mean])).unbind(1)
-            mean = means.mean(0)
-            variance = variances.mean(0) + (means - mean).square().mean(0)
-        if self.note is not None:
-            self.note.written, self.note.statistics = True, (mean, variance)
-        if self.moves_running_statistics:
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
-            self.running_var.lerp_(variance.to(self.running_var.dtype), MOMENTUM)
-        return mean, variance
+        return self._statistics(inputs, compute)
 
     @override
     def extra_repr(self) -> str:

@@ -5,7 +5,6 @@ Shapes: N images, C channels in, F channels per stream, M channels of the bottle
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from bigsimclr.models.anatomy import selective_width
@@ -44,7 +43,7 @@ class SelectiveKernel(nn.Module):
         streams = self.conv(inputs)
         if self.fused and self._is_for_kernels(streams):
             return self._mix_fused(streams)
-        streams = F.relu(self.bn(streams), inplace=True)
+        streams = self.bn(streams, relu=True)
         # The mean of the sum is the sum of the means: no stream-sized sum is written to memory.
         first_mean, second_mean = streams.mean(dim=(2, 3), keepdim=True).chunk(2, dim=1)
         weights = self._choose(first_mean + second_mean)
@@ -56,7 +55,7 @@ class SelectiveKernel(nn.Module):
         self,
         pooled: Tensor,  # [N, F, 1, 1]
     ) -> Tensor:  # [N, 2, F, 1, 1]
-        chosen = F.relu(self.reduce_bn(self.reduce(pooled)), inplace=True)
+        chosen = self.reduce_bn(self.reduce(pooled), relu=True)
         weights: Tensor = self.expand(chosen).unflatten(1, (2, -1)).softmax(dim=1)
         return weights
 
@@ -73,12 +72,13 @@ class SelectiveKernel(nn.Module):
         self,
         streams: Tensor,  # [N, 2F, H, W] before batch norm
     ) -> Tensor:  # [N, F, H, W]
+        from bigsimclr.kernels.norm_statistics import batch_statistics
         from bigsimclr.kernels.select import Handover, Norm, mix, pool
 
         bn = self.bn
         if bn.bias is None:
             raise AssertionError("the batch norm of two streams has a bias")
-        mean, variance = bn.training_statistics(streams, _statistics)
+        mean, variance = bn.training_statistics(streams, batch_statistics)
         norm = Norm(mean, variance, bn.weight, bn.bias, epsilon=EPSILON, world=bn.world)
         handover = Handover()
         first_mean, second_mean = pool(streams, norm, handover).chunk(2, dim=1)
@@ -95,10 +95,3 @@ def fuse_selective_kernels(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SelectiveKernel):
             module.fused = True
-
-
-def _statistics(
-    streams: Tensor,  # [N, 2F, H, W]
-) -> tuple[Tensor, Tensor]:  # [2F], [2F]: mean and biased variance, float32
-    variance, mean = torch.var_mean(streams.float(), (0, 2, 3), correction=0)
-    return mean, variance

@@ -17,6 +17,8 @@ from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import RecipeError
 from bigsimclr.models import Architecture
 from bigsimclr.models.memory import save_memory
+from bigsimclr.models.norm import fuse_batch_norm
+from bigsimclr.models.selective import fuse_selective_kernels
 from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
 from bigsimclr.parallel import MakeOptimizer, Strategy, build_strategy
@@ -75,6 +77,9 @@ def run_training(
     """
     model = task.objective.model
     save_memory(model, recipe.parallel.memory)
+    if task.inputs.fused:
+        fuse_batch_norm(model)
+        fuse_selective_kernels(model)
     world.check_same("images, labels or parent", json.dumps(_origins(task)))
     directory = run.directory
     resume = _newest(directory, world)
