@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 SECONDS: Final = 530.0  # for all steps; the tables take the rest of nine minutes
-LEAST: Final = 10.0  # seconds that a step is begun with
+LEAST: Final = 10.0  # seconds; in fewer, no step comes to anything
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,20 @@ def run(step: Step, seconds: float) -> str:
     return "" if status == 0 else f"exit status {status}"
 
 
-def run_all(steps: Sequence[Step], seconds: float) -> list[str]:
-    """Run the steps, in as many seconds, and return a line for each that failed."""
+def run_all(steps: Sequence[Step], seconds: float, *, least: float = LEAST) -> list[str]:
+    """Run the steps and return a line for each that failed.
+
+    Args:
+        steps: in their order.
+        seconds: for all of them.
+        least: a step that has fewer seconds left is not begun.
+    """
     deadline = time.monotonic() + seconds
     failed = []
     for step in steps:
         left = min(step.seconds, deadline - time.monotonic())
         begin = time.monotonic()
-        trouble = run(step, left) if left >= LEAST else "no time left"
+        trouble = run(step, left) if left >= least else "no time left"
         print(f"--- {time.monotonic() - begin:.0f} s", flush=True)
         if trouble:
             failed.append(f"{shlex.join(step.words)}: {trouble}")

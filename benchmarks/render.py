@@ -8,6 +8,7 @@ into the page, and equal files give an equal page; `benchmarks.tables` says what
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,7 @@ their loads.
 
 ![Times faster than others](benchmarks.svg)
 """
-LONGEST: Final = 8  # characters of a figure that is shown as it is
+LONGEST: Final = 10  # characters of a figure that is shown as it is
 
 
 def results(folder: Path) -> Iterator[tuple[Benchmark, str, Result]]:
@@ -49,11 +50,17 @@ def page(folder: Path) -> str:
     last = None
     for benchmark, name, result in results(folder):
         if benchmark is not last:
-            parts.append(f"## {benchmark.title}\n\n{benchmark.text}\n")
+            parts.append(f"## {benchmark.title}\n\n{_filled(benchmark.text)}\n")
         last = benchmark
         parts.append(f"### {name}\n\n{_facts(result)}\n")
-        parts += [table(rows, columns) for rows, columns in benchmark.tables(result)]
+        for caption, rows, columns in benchmark.tables(result):
+            parts += [f"{caption}:\n"] * bool(caption)
+            parts.append(table(rows, columns))
     return "\n".join(parts)
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 def _machine(result: Result) -> dict[str, Any]:
@@ -124,7 +131,8 @@ def bars(folder: Path) -> list[tuple[str, float]]:
     """Return what the plot shows: how many times faster ours is than each of the others."""
     shown_bars = []
     for benchmark, _, result in results(folder):
-        device = "GPU" if "gpu" in _machine(result) else "CPU"
+        machine = _machine(result)
+        device = "GPU" if "gpu" in machine or machine.get("device", "cpu") != "cpu" else "CPU"
         for group, times in benchmark.times(result).items():
             ours = next(method for method in benchmark.ours if method in times)
             shown_bars += [
@@ -157,6 +165,8 @@ def plot(folder: Path) -> str:
         axes.set_yticks(places, [label for label, _ in drawn], fontsize=8)
         axes.invert_yaxis()
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.margins(x=0.12, y=0.02)
         axes.set_xlabel("their time over ours, medians of one run")
         axes.spines[["top", "right"]].set_visible(False)

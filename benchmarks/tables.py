@@ -7,7 +7,8 @@ from typing import Any
 
 Result = dict[str, Any]
 Row = dict[str, Any]
-Table = tuple[list[Row], Mapping[str, str]]  # rows; for each heading the dotted keys of its value
+# Caption or nothing; rows; for each heading the keys that lead to its value, with dots between.
+Table = tuple[str, list[Row], Mapping[str, str]]
 Times = dict[str, dict[str, float]]  # by group and method, in a unit of the group
 
 
@@ -56,9 +57,15 @@ def _loss(result: Result) -> list[Table]:
         note = "out of memory" if found.get("out_of_memory") else None
         return {**found, "error": error, "note": note}
 
-    rows = [row(found) for found in result["results"]]
-    rows += [row(found) for found in result["another_problem"]["results"]]
-    return [(rows, _LOSS)]
+    apart = result["another_problem"]
+    return [
+        ("", [row(found) for found in result["results"]], _LOSS),
+        (
+            f"Another problem ({apart['what']})",
+            [row(found) for found in apart["results"]],
+            {heading: key for heading, key in _LOSS.items() if "over" not in heading},
+        ),
+    ]
 
 
 def _loss_times(result: Result) -> Times:
@@ -100,7 +107,7 @@ def _optimizer(result: Result) -> list[Table]:
         for found in result["results"]
         for row in found["methods"]
     ]
-    return [(rows, _OPTIMIZER)]
+    return [("", rows, _OPTIMIZER)]
 
 
 def _optimizer_times(result: Result) -> Times:
@@ -123,7 +130,8 @@ _AUGMENT = {
 
 def _augment(result: Result) -> list[Table]:
     wrong = result["largest_differences_from_float64"]
-    return [([{**row, "error": wrong.get(row["method"])} for row in result["results"]], _AUGMENT)]
+    rows = [{**row, "error": wrong.get(row["method"])} for row in result["results"]]
+    return [("", rows, _AUGMENT)]
 
 
 def _augment_times(result: Result) -> Times:
@@ -159,7 +167,7 @@ def _step(result: Result) -> list[Table]:
         for case in result["cases"]
         for method, row in case["methods"].items()
     ]
-    return [(rows, _STEP)]
+    return [("", rows, _STEP)]
 
 
 def _step_times(result: Result) -> Times:
@@ -201,9 +209,10 @@ _REACHED = {
 
 
 def _roofline(result: Result) -> list[Table]:
-    tables: list[Table] = [(result["networks"], _ROOFLINE)]
+    tables: list[Table] = [("", result["networks"], _ROOFLINE)]
     if "measured" in result:
-        tables.append((result["measured"]["fractions"], _REACHED))
+        caption = f"Of this, `{result['measured']['command']}` reached"
+        tables.append((caption, result["measured"]["fractions"], _REACHED))
     return tables
 
 
@@ -221,7 +230,7 @@ _SCALING = {
 
 
 def _scaling(result: Result) -> list[Table]:
-    return [(result["measured"], _SCALING)]
+    return [("", result["measured"], _SCALING)]
 
 
 # --- kernels ---------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ _NORM_ACT_LAYERS = {
 
 def _norm_act(result: Result) -> list[Table]:
     totals = [{"method": way, **ms} for way, ms in result["network_milliseconds"].items()]
-    return [(totals, _NORM_ACT), (result["layers"], _NORM_ACT_LAYERS)]
+    return [("", totals, _NORM_ACT), ("Each layer", result["layers"], _NORM_ACT_LAYERS)]
 
 
 def _norm_act_times(result: Result) -> Times:
@@ -267,7 +276,7 @@ _SELECT = {
 
 
 def _select(result: Result) -> list[Table]:
-    return [(result["results"], _SELECT)]
+    return [("", result["results"], _SELECT)]
 
 
 def _select_times(result: Result) -> Times:
@@ -289,7 +298,7 @@ _DIGITS = {
 
 
 def _digits(result: Result) -> list[Table]:
-    return [(result["label_efficiency"], _DIGITS)]
+    return [("", result["label_efficiency"], _DIGITS)]
 
 
 BENCHMARKS = (
@@ -297,10 +306,9 @@ BENCHMARKS = (
         "loss",
         "NT-Xent, forward and backward",
         "float32 inputs. dense, chunked and fused are ours; strong is PyTorch's cross-entropy, in "
-        "bf16\nand compiled; the others are lightly, pytorch-metric-learning and solo-learn's "
-        "formula. tile-wise\nis another problem with as many logits: two sets, nothing masked, as "
-        "in Inf-CL. Ratios are a row's\ntime or memory over that of the named peer: below 1 is "
-        "better than it.",
+        "bf16 and compiled; the others are lightly, pytorch-metric-learning and solo-learn's "
+        "formula. Ratios are a row's time or memory over that of the named peer: below 1 is "
+        "better than it. tile-wise is what Inf-CL published, in plain PyTorch.",
         _loss,
         _loss_times,
         ("fused-bf16", "chunked"),
@@ -310,7 +318,7 @@ BENCHMARKS = (
         "optimizer",
         "LARS, one update",
         "plain, fused, captured and copying are ours; loop is solo-learn's formula; sgd is "
-        "PyTorch's,\nwhich has no norms to compute. Ratios are a row's time over lightly's.",
+        "PyTorch's, which has no norms to compute. Ratios are a row's time over lightly's.",
         _optimizer,
         _optimizer_times,
         ("fused", "plain"),
@@ -320,7 +328,7 @@ BENCHMARKS = (
         "augment",
         "Two views of an image of 224 pixels",
         "plain and fused are ours; per image and batched are how other pipelines do it; kornia is "
-        "the\nlibrary. Ratios are a row's time over ours in plain PyTorch.",
+        "the library. Ratios are a row's time over ours in plain PyTorch.",
         _augment,
         _augment_times,
         ("fused bf16", "fused", "plain"),
@@ -330,7 +338,7 @@ BENCHMARKS = (
         "step",
         "Whole training steps",
         "strong is PyTorch in channels_last, autocast and compiled; lightly and solo are those "
-        "libraries'\nloops. The ratio is our throughput over that of the row.",
+        "libraries' loops. The ratio is our throughput over that of the row.",
         _step,
         _step_times,
         ("ours",),
@@ -340,14 +348,14 @@ BENCHMARKS = (
         "roofline",
         "What the hardware allows",
         "Counted, not measured: the images per second of one GPU, each kernel at the larger of its "
-        "times\nfor FLOPs and for bytes, by how much is fused.",
+        "times for FLOPs and for bytes, by how much is fused.",
         _roofline,
     ),
     Benchmark(
         "scaling",
         "Several processes on this machine's cores",
         "Efficiency is throughput over that of as many single processes. The file has a model of "
-        "many\nGPUs besides, which is no measurement.",
+        "many GPUs besides, which is no measurement.",
         _scaling,
     ),
     Benchmark(
