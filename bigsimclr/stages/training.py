@@ -76,10 +76,7 @@ def run_training(
         CheckpointError: the directory holds checkpoints, none of them intact.
     """
     model = task.objective.model
-    save_memory(model, recipe.parallel.memory)
-    if task.inputs.fused:
-        fuse_batch_norm(model)
-        fuse_selective_kernels(model)
+    _choose_code(model, recipe, fused=task.inputs.fused)
     world.check_same("images, labels or parent", json.dumps(_origins(task)))
     directory = run.directory
     resume = _newest(directory, world)
@@ -125,6 +122,14 @@ def run_training(
         if records is not None:
             directory.note_unreadable(loader.unreadable)
             records.close()
+
+
+def _choose_code(model: SimCLR, recipe: AnyTraining, *, fused: bool) -> None:
+    """Choose among the ways in which a network computes the same."""
+    save_memory(model, recipe.parallel.memory)
+    if fused:
+        fuse_batch_norm(model)
+        fuse_selective_kernels(model)
 
 
 def _newest(run: RunDirectory, world: World) -> Checkpoint | None:
