@@ -68,9 +68,10 @@ storm-ranks: setup ## The long tests of several ranks; then kill and freeze sing
 scaling: setup ## Throughput on 1, 2, ... ranks of this machine; a model of many GPUs beside it
 	@$(BIN)/python -m benchmarks.scaling -o benchmarks/results/scaling.json
 
-bench: setup ## Time and memory of the loss and time of the views, beside others; the digits pipeline
+bench: setup ## Time of loss, optimizer and views, side by side with others; the digits pipeline
 	@$(INSTALL) --no-deps $(LIGHTLY)
 	@$(BIN)/python -m benchmarks.loss --output benchmarks/results/loss.json
+	@$(BIN)/python -m benchmarks.optimizer -o benchmarks/results/optimizer.json
 	@$(BIN)/python -m benchmarks.augment -o benchmarks/results/augment.json
 	@$(BIN)/python -m benchmarks.digits --output benchmarks/results/digits.json
 
@@ -84,6 +85,8 @@ gpu-check: ## Tests that need a GPU, then the benchmarks; uses PYTHON where ther
 	@if $(GPU_PYTHON) -c 'from importlib.util import find_spec; exit(find_spec("lightly") is None)'; then \
 	  $(GPU_PYTHON) -m benchmarks.loss --output benchmarks/results/loss-gpu-machine.json; \
 	else echo "benchmarks.loss compares with lightly, which is not installed here: left out"; fi
+	@for model in r50-1x r152-3x-sk; do $(GPU_PYTHON) -m benchmarks.optimizer --model $$model \
+	  -o benchmarks/results/optimizer-gpu-$$model.json || exit 1; done
 
 gpu-cifar: ## CIFAR-10 in nine minutes of one GPU: the label-efficiency table; CIFAR10=DIR has the parquet files
 	@$(GPU_PYTHON) -m benchmarks.cifar10 --data $(CIFAR10) --minutes 9 --output benchmarks/results/cifar10.json
