@@ -89,7 +89,7 @@ def run_training(
         ),
     )
     strategy = build_strategy(recipe.parallel, world)
-    strategy.prepare(model, _optimizer_maker(recipe, model, plan))
+    strategy.prepare(model, _optimizer_maker(recipe, model, plan, fused=task.inputs.fused))
     with world.together():
         if resume is not None:
             check_same_recipe(recipe, resume.facts["recipe"], directory.path)
@@ -183,12 +183,15 @@ def _explained_memory(recipe: AnyTraining, plan: Plan) -> Iterator[None]:
         ) from error
 
 
-def _optimizer_maker(recipe: AnyTraining, model: SimCLR, plan: Plan) -> MakeOptimizer:
+def _optimizer_maker(
+    recipe: AnyTraining, model: SimCLR, plan: Plan, *, fused: bool
+) -> MakeOptimizer:
     return partial(
         build_optimizer,
         recipe.optimizer,
         kinds=parameter_kind(model),
         learning_rate=plan.peak_learning_rate,
+        fused=fused,
     )
 
 

@@ -2,11 +2,18 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from bigsimclr.engine.stop import StopRequest
+from bigsimclr.report.progress import Progress
+from bigsimclr.stages.single import run_stage
+from bigsimclr.world import ALONE, World
+from tests.distributed.ranks import on_ranks
+from tests.distributed.test_resume import RECIPE, assert_close, newest, write_images
 from tests.stages import tiny
 
 pytestmark = pytest.mark.slow
@@ -60,3 +67,36 @@ def test_supervised_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     )
     assert fused == pytest.approx(plain, rel=1e-4)
     assert fused != plain
+
+
+def train_on(world: World, folder: Path, name: str, *overrides: str) -> None:
+    text = RECIPE.replace("ROOT", str(folder / "images.npz"))
+    recipe = tiny.recipe_of(text, "schedule={steps: 4, warmup_epochs: 0.25}", *overrides)
+    progress = Progress(None, enabled=False)
+    run_stage(recipe, folder / name, world=world, progress=progress, stop=StopRequest())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on ranks of a CPU")
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param("ddp", marks=pytest.mark.long),
+        pytest.param("zero1", marks=pytest.mark.long),
+        "fsdp2",
+    ],
+)
+def test_ranks(strategy: str, tmp_path: Path) -> None:
+    write_images(tmp_path / "images.npz")
+    train_on(ALONE, tmp_path, "plain")
+    overrides = ("parallel.kernels=triton", f"parallel.strategy={strategy}")
+    on_ranks(2, partial(share_training, folder=tmp_path, overrides=overrides))
+    plain, fused = newest(tmp_path / "plain"), newest(tmp_path / "fused")
+    assert_close(fused, plain, 1e-5)
+    assert not torch.equal(
+        fused.tensors["model"]["backbone.conv1.weight"],
+        plain.tensors["model"]["backbone.conv1.weight"],
+    )
+
+
+def share_training(world: World, folder: Path, overrides: tuple[str, ...]) -> None:
+    train_on(world, folder, "fused", *overrides)
