@@ -26,10 +26,11 @@ class ParallelSection(Section):
     """auto: the GPU where there is one, else the CPU; the log says which."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the network's arithmetic; losses and statistics stay fp32. fp16 scales its loss."""
-    memory: Literal["none", "selective", "block"] = "none"
+    memory: Literal["auto", "none", "selective", "block"] = "none"
     """What is computed again in the backward pass instead of kept: nothing; all between the
     convolutions and the last one of a bottleneck, for 5 to 7% more arithmetic; all inside a
-    residual block, for a third more. Loss and gradient stay the same."""
+    residual block, for a third more. auto: the first of these that every GPU has memory for, found
+    by trying; none on a CPU. Loss and gradient stay the same."""
     kernels: Literal["auto", "plain", "triton"] = "auto"
     """Fused Triton kernels or plain PyTorch, which compute the same functions; auto: fused on a
     GPU. The log says which."""

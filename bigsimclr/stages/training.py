@@ -26,7 +26,7 @@ from bigsimclr.recipe.plan import Plan, make_plan
 from bigsimclr.recipe.schema import AnyTraining
 from bigsimclr.report.progress import Progress
 from bigsimclr.report.records import Records, read_records
-from bigsimclr.stages.fitting import fitting_micro_batch
+from bigsimclr.stages.fitting import fitting_memory, fitting_micro_batch
 from bigsimclr.stages.inputs import Inputs
 from bigsimclr.stages.load import Loaded
 from bigsimclr.stages.run_directory import (
@@ -76,7 +76,7 @@ def run_training(
         CheckpointError: the directory holds checkpoints, none of them intact.
     """
     model = task.objective.model
-    _choose_code(model, recipe, fused=task.inputs.fused)
+    _choose_code(recipe, task, world)
     world.check_same("images, labels or parent", json.dumps(_origins(task)))
     directory = run.directory
     resume = _newest(directory, world)
@@ -124,12 +124,14 @@ def run_training(
             records.close()
 
 
-def _choose_code(model: SimCLR, recipe: AnyTraining, *, fused: bool) -> None:
+def _choose_code(recipe: AnyTraining, task: Task, world: World) -> None:
     """Choose among the ways in which a network computes the same."""
-    save_memory(model, recipe.parallel.memory)
-    if fused:
+    model = task.objective.model
+    if task.inputs.fused:
         fuse_batch_norm(model)
         fuse_selective_kernels(model)
+    memory = fitting_memory(recipe, task.objective, views=task.views, world=world)
+    save_memory(model, memory)
 
 
 def _newest(run: RunDirectory, world: World) -> Checkpoint | None:
