@@ -34,6 +34,10 @@ class ParallelSection(Section):
     kernels: Literal["auto", "plain", "triton"] = "auto"
     """Fused Triton kernels or plain PyTorch, which compute the same functions; auto: fused on a
     GPU. The log says which."""
+    cuda_graph: bool = False
+    """ddp and zero1 on a GPU, without micro-batches. Record forward pass, loss and backward pass
+    once and replay them with one launch: for small networks or batches, whose launches take longer
+    than their work. The numbers stay the same."""
     sync_group_size: PositiveInt | None = None
     """Ranks that share their batch norm statistics; null: all of them, so that the number of ranks
     changes nothing."""

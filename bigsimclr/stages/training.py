@@ -11,6 +11,7 @@ import torch
 from bigsimclr.data.loader import Loader
 from bigsimclr.engine import Objective
 from bigsimclr.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from bigsimclr.engine.graph import GraphedGradients
 from bigsimclr.engine.loop import Evaluate, Intervals, Run, Trained, train
 from bigsimclr.engine.saving import Saver
 from bigsimclr.engine.stop import StopRequest
@@ -23,7 +24,7 @@ from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
 from bigsimclr.parallel import MakeOptimizer, Strategy, build_strategy
 from bigsimclr.recipe.plan import Plan, make_plan
-from bigsimclr.recipe.schema import AnyTraining
+from bigsimclr.recipe.schema import AnyTraining, PretrainRecipe
 from bigsimclr.report.progress import Progress
 from bigsimclr.report.records import Records, read_records
 from bigsimclr.stages.fitting import fitting_memory, fitting_micro_batch
@@ -212,6 +213,7 @@ def _assemble(
         loader=loader,
         make_views=task.inputs.views,
         strategy=strategy,
+        graph=_graph(recipe, task, plan, strategy),
         world=task.inputs.world,
         evaluate=task.evaluate,
         intervals=Intervals(
@@ -234,6 +236,28 @@ def _assemble(
             "micro_batch": plan.micro_batch,
         },
     )
+
+
+def _graph(
+    recipe: AnyTraining, task: Task, plan: Plan, strategy: Strategy
+) -> GraphedGradients | None:
+    """Return what records updates, where a recipe asks for it.
+
+    Raises:
+        RecipeError: this run cannot be recorded.
+    """
+    if not recipe.parallel.cuda_graph:
+        return None
+    if task.inputs.world.device.type != "cuda":
+        raise RecipeError("parallel.cuda_graph: this run computes on a CPU; use false")
+    if plan.update != "direct":
+        raise RecipeError(
+            f"parallel.cuda_graph: a {plan.update} update makes passes of several shapes; use "
+            "false, or batch.micro_batch=null"
+        )
+    if isinstance(recipe, PretrainRecipe) and recipe.loss.queue is not None:
+        raise RecipeError("parallel.cuda_graph: a queue that fills changes its shape; use false")
+    return GraphedGradients(task.objective, strategy)
 
 
 def _headline(plan: Plan) -> str:
