@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
-# Only its loss is used, which needs none of what lightly brings along.
+# Only its loss and LARS are used, which need none of what lightly brings along.
 LIGHTLY := 'lightly>=1.5.20'
 # Built beside torch, which its own environment for building would lack.
 DEEPSPEED := deepspeed==0.19.8
@@ -68,9 +68,11 @@ storm-ranks: setup ## The long tests of several ranks; then kill and freeze sing
 scaling: setup ## Throughput on 1, 2, ... ranks of this machine; a model of many GPUs beside it
 	@$(BIN)/python -m benchmarks.scaling -o benchmarks/results/scaling.json
 
-bench: setup ## Time and memory of the loss, side by side with others; the digits pipeline
+bench: setup ## Loss and whole steps side by side with others; physical limits; the digits pipeline
 	@$(INSTALL) --no-deps $(LIGHTLY)
 	@$(BIN)/python -m benchmarks.loss --output benchmarks/results/loss.json
+	@$(BIN)/python -m benchmarks.roofline --output benchmarks/results/roofline.json
+	@$(BIN)/python -m benchmarks.step --output benchmarks/results/step.json
 	@$(BIN)/python -m benchmarks.digits --output benchmarks/results/digits.json
 
 docs: setup ## Write docs/recipes.md again from the recipe schema
@@ -81,7 +83,8 @@ gpu-check: ## Tests that need a GPU, then the benchmarks; uses PYTHON where ther
 	@$(GPU_PYTHON) -m pytest -q -m gpu
 	@if $(GPU_PYTHON) -c 'from importlib.util import find_spec; exit(find_spec("lightly") is None)'; then \
 	  $(GPU_PYTHON) -m benchmarks.loss --output benchmarks/results/loss-gpu-machine.json; \
-	else echo "benchmarks.loss compares with lightly, which is not installed here: left out"; fi
+	  $(GPU_PYTHON) -m benchmarks.step --output benchmarks/results/step-gpu.json; \
+	else echo "benchmarks.loss and benchmarks.step compare with lightly, which is not installed here"; fi
 
 gpu-cifar: ## CIFAR-10 in nine minutes of one GPU: the label-efficiency table; CIFAR10=DIR has the parquet files
 	@$(GPU_PYTHON) -m benchmarks.cifar10 --data $(CIFAR10) --minutes 9 --output benchmarks/results/cifar10.json
