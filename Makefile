@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
-# Only its loss is used, which needs none of what lightly brings along.
+# Only its loss and LARS are used, which need none of what lightly brings along.
 LIGHTLY := 'lightly>=1.5.20'
 # Built beside torch, which its own environment for building would lack.
 DEEPSPEED := deepspeed==0.19.8

@@ -13,29 +13,24 @@ resident memory of the process less what it held just before. The inputs are not
 Before anything is measured, values and gradients are compared with float64. lightly's value is the
 mean over the 2N anchors, half of the official sum over directions; it is doubled to compare.
 
-lightly's loss runs as installed and unchanged. Its packages' own `__init__` files and its
-`models.utils` import torchvision; the first are passed over and the second is left empty, because
-the loss calls it only for a memory bank over several processes.
+lightly's loss runs as installed and unchanged; `benchmarks.peers` says how.
 """
 
 import argparse
-import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-import types
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.machine import machine
+from benchmarks.peers import Loss, lightly_loss
 from bigsimclr.losses.nt_xent import nt_xent
 from bigsimclr.stages.run_directory import source_commit
 
@@ -45,28 +40,11 @@ ROW_CHUNK = 1024
 METHODS = ("dense", "chunked", "lightly")
 RESULTS = Path(__file__).parent / "results" / "loss.json"
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def lightly_loss() -> Loss:
-    """Return lightly's NTXentLoss, loaded without the rest of its package."""
-    specification = importlib.util.find_spec("lightly")
-    if specification is None or not specification.submodule_search_locations:
-        raise SystemExit('lightly is missing: pip install "bigsimclr[bench]"')
-    root = Path(specification.submodule_search_locations[0])
-    for name in ("lightly", "lightly.loss", "lightly.models", "lightly.models.modules"):
-        package = types.ModuleType(name)
-        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
-        sys.modules[name] = package
-    sys.modules["lightly.models.utils"] = types.ModuleType("lightly.models.utils")
-    loss = importlib.import_module("lightly.loss.ntx_ent_loss").NTXentLoss(TEMPERATURE)
-    return lambda first, second: 2.0 * loss(first, second)
-
 
 def build(method: str) -> Loss:
     """Return one method's loss, as the official sum over directions."""
     if method == "lightly":
-        return lightly_loss()
+        return lightly_loss(TEMPERATURE)
     row_chunk = ROW_CHUNK if method == "chunked" else None
     return lambda first, second: nt_xent(
         first, second, temperature=TEMPERATURE, row_chunk=row_chunk

@@ -1,0 +1,222 @@
+"""What benchmarks.step compares: the plain network, the peers' formulas, and the race itself."""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from benchmarks.loops import (
+    LEARNING_RATE,
+    MOMENTUM,
+    TEMPERATURE,
+    WEIGHT_DECAY,
+    Case,
+    ForeachLars,
+    OurLoop,
+    StrongLoop,
+    build_loop,
+    dense_nt_xent,
+    views_of,
+)
+from benchmarks.networks import network
+from benchmarks.peers import Loss, lightly_lars, lightly_loss, solo_lars, solo_loss
+from benchmarks.plain_network import plain_network
+from benchmarks.step import Entrant, cases_of, check, measure, reference_losses
+from bigsimclr.losses.nt_xent import nt_xent, unit_rows
+from bigsimclr.models import build_model
+from bigsimclr.optim import LARS
+from bigsimclr.world import ALONE
+
+CPU = torch.device("cpu")
+TINY = Case("r10-0.125x-cifar", batch=6, size=8)
+HAS_LIGHTLY = find_spec("lightly") is not None
+needs_lightly = pytest.mark.skipif(not HAS_LIGHTLY, reason="lightly is not installed")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("r18-cifar", 8),
+        ("r50-0.25x", 65),
+        ("r50-0.25x-sk", 65),
+        ("r50-0.5x-sk-cifar", 9),
+        ("r34-0.25x-sk", 33),
+    ],
+)
+def test_the_plain_network_is_ours(name: str, size: int) -> None:
+    model = build_model(network(name), seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # scales that start at zero would hide most of a block
+                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(1))
+    plain = plain_network(network(name), model.state_dict()).double()
+    model = model.double().train()
+    images = torch.rand(6, 3, size, size, generator=torch.Generator().manual_seed(2)).double()
+    ours, theirs = model(images).projections[-1], plain(images)
+    torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-9)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    own = dict(model.named_parameters())
+    for key, parameter in plain.named_parameters():
+        torch.testing.assert_close(parameter.grad, own[key].grad, rtol=1e-8, atol=1e-8)
+    assert len(own) == len(list(plain.parameters()))
+
+
+def projections() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    first = torch.randn(9, 16, generator=generator, dtype=torch.float64)
+    return first, first + torch.randn(9, 16, generator=generator, dtype=torch.float64)
+
+
+def dense_of_unit_rows(first: Tensor, second: Tensor) -> Tensor:
+    return dense_nt_xent(unit_rows(first), unit_rows(second))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: dense_of_unit_rows, lambda: solo_loss(TEMPERATURE)], ids=["strong", "solo"]
+)
+def test_losses_are_the_official_one(make: Callable[[], Loss]) -> None:
+    first, second = projections()
+    expected = nt_xent(first, second, temperature=TEMPERATURE)
+    torch.testing.assert_close(make()(first, second), expected, rtol=1e-9, atol=0)
+
+
+@needs_lightly
+def test_the_loss_of_lightly_is_the_official_one() -> None:
+    first, second = projections()
+    expected = nt_xent(first, second, temperature=TEMPERATURE)
+    torch.testing.assert_close(lightly_loss(TEMPERATURE)(first, second), expected)
+
+
+def parameters() -> tuple[list[Parameter], list[Parameter]]:
+    generator = torch.Generator().manual_seed(4)
+    kernels = [Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 4), (3, 2, 2))]
+    others = [Parameter(torch.randn(7, generator=generator))]
+    for parameter in (*kernels, *others):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return kernels, others
+
+
+def by_formula(kernels: list[Parameter], others: list[Parameter]) -> list[Tensor]:
+    """Return where two updates by the peers' LARS lead, whose momentum does not hold the rate."""
+    found = []
+    for parameter in (*kernels, *others):
+        assert parameter.grad is not None
+        value, gradient = parameter.detach().double(), parameter.grad.double()
+        velocity = torch.zeros_like(value)
+        for _ in range(2):
+            step = gradient
+            if parameter.ndim > 1:
+                length, slope = value.norm(), gradient.norm()
+                ratio = 0.001 * length / (slope + WEIGHT_DECAY * length)
+                step = ratio * (gradient + WEIGHT_DECAY * value)
+            velocity = MOMENTUM * velocity + step
+            value = value - LEARNING_RATE * velocity
+        found.append(value.float())
+    return found
+
+
+@pytest.mark.parametrize(
+    "make", [solo_lars, pytest.param(lightly_lars, marks=needs_lightly)], ids=["solo", "lightly"]
+)
+def test_lars_of_the_peers(make: Callable[..., Optimizer]) -> None:
+    kernels, others = parameters()
+    expected = by_formula(kernels, others)
+    optimizer = make(kernels, others, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer.step()
+    optimizer.step()
+    for parameter, value in zip((*kernels, *others), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+
+
+def test_the_strong_baseline_updates_as_we_do() -> None:
+    kernels, others = parameters()
+    ours, theirs = parameters(), (kernels, others)
+    groups = [
+        {"params": ours[0], "weight_decay": WEIGHT_DECAY, "adapt": True},
+        {"params": ours[1], "weight_decay": 0.0, "adapt": False},
+    ]
+    own = LARS(groups, learning_rate=LEARNING_RATE, momentum=MOMENTUM)
+    strong = ForeachLars(*theirs)
+    for _ in range(2):
+        gradients = [p.grad for p in (*ours[0], *ours[1]) if p.grad is not None]
+        for parameter, gradient in zip((*kernels, *others), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        own.step()
+        strong.step()
+    for mine, other in zip((*ours[0], *ours[1]), (*kernels, *others), strict=True):
+        torch.testing.assert_close(other, mine)
+
+
+def options(**changed: object) -> Namespace:
+    given: dict[str, object] = {
+        "kernels": "plain",
+        "eager": True,
+        "rounds": 2,
+        "steps": 1,
+        "model": None,
+        "batch": 32,
+        "size": None,
+    }
+    return Namespace(**(given | changed))
+
+
+def test_a_race_on_a_tiny_network() -> None:
+    methods = ("ours", "strong", "solo", *(["lightly"] if HAS_LIGHTLY else []))
+    found = measure(TINY, methods, ALONE, options())
+    rows = found["methods"]
+    assert isinstance(rows, dict)
+    assert list(rows) == list(methods)
+    for row in rows.values():
+        assert len(row["images_per_second_of_rounds"]) == 2
+        assert row["images_per_second"] > 0
+        assert row["precision"] == "fp32"
+    # Their first losses, and those after updates, are one and the same.
+    assert rows["strong"]["first_losses"] == pytest.approx(rows["ours"]["first_losses"], rel=1e-4)
+    ratios = found["ratios"]
+    assert isinstance(ratios, dict)
+    assert set(ratios) == {f"ours_over_{method}" for method in methods[1:]}
+
+
+def test_our_loop_trains() -> None:
+    views = views_of(TINY, CPU)
+    loop = build_loop("ours", TINY, views, ALONE, kernels="plain", compiled=False)
+    assert isinstance(loop, OurLoop)
+    losses = [float(loop.step()) for _ in range(8)]
+    assert losses[0] == pytest.approx(reference_losses(TINY, views.channels_last)["one_pass"])
+    assert losses[-1] < losses[0]
+
+
+def test_what_computes_something_else_is_not_timed() -> None:
+    views = views_of(TINY, CPU)
+    loop = StrongLoop(TINY, views.channels_last, compiled=False)
+    expected = {"one_pass": 4.0, "two_passes": 3.0}
+    fine: Mapping[str, Entrant] = {
+        "ours": Entrant(loop, [4.0001, 3.9], stays=0),
+        "strong": Entrant(loop, [4.0, 3.9001], stays=0),
+        "solo": Entrant(loop, [3.0, 2.0], stays=0),
+    }
+    check(fine, expected, CPU)
+    for method, losses in {
+        "ours": [3.0, 3.9],
+        "solo": [4.0, 2.0],
+        "strong": [4.0, 3.8],
+        "lightly": [float("nan"), 2.0],
+    }.items():
+        with pytest.raises(ValueError, match="loss of"):
+            check({**fine, method: Entrant(loop, losses, stays=0)}, expected, CPU)
+
+
+def test_cases() -> None:
+    assert [case.model for case in cases_of(options(), CPU)] == ["r18-cifar"]
+    assert [case.model for case in cases_of(options(), torch.device("cuda"))] == [
+        "r50-1x",
+        "r152-3x-sk",
+    ]
+    assert cases_of(options(model="r50-2x-sk"), CPU) == (Case("r50-2x-sk", 32, 224),)
+    assert cases_of(options(model="r18-cifar", batch=4), CPU) == (Case("r18-cifar", 4, 32),)
