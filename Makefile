@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
-# Only its loss and LARS are used, which need none of what lightly brings along.
-LIGHTLY := 'lightly>=1.5.20'
+# Only losses and an optimizer of theirs are used, which need little of what they bring along.
+PEERS := 'lightly>=1.5.20' pytorch-metric-learning
+# Those that a CPU can run.
+BENCHMARKS := loss optimizer augment step roofline digits
 # Built beside torch, which its own environment for building would lack.
 DEEPSPEED := deepspeed==0.19.8
 DEEPSPEED_NEEDS := wheel setuptools py-cpuinfo hjson msgpack einops tqdm psutil ninja packaging
@@ -67,26 +69,22 @@ storm-ranks: setup ## The long tests of several ranks; then kill and freeze sing
 
 scaling: setup ## Throughput on 1, 2, ... ranks of this machine; a model of many GPUs beside it
 	@$(BIN)/python -m benchmarks.scaling -o benchmarks/results/scaling.json
+	@$(BIN)/python -m benchmarks.render > /dev/null
 
-bench: setup ## Time of loss, optimizer and views, side by side with others; the digits pipeline
-	@$(INSTALL) --no-deps $(LIGHTLY)
-	@$(BIN)/python -m benchmarks.loss --output benchmarks/results/loss.json
-	@$(BIN)/python -m benchmarks.optimizer -o benchmarks/results/optimizer.json
-	@$(BIN)/python -m benchmarks.augment -o benchmarks/results/augment.json
-	@$(BIN)/python -m benchmarks.digits --output benchmarks/results/digits.json
+bench: setup ## Time and memory of the parts beside others' on a CPU; the digits pipeline; docs/benchmarks.md
+	@$(INSTALL) --no-deps $(PEERS)
+	@set -e; for name in $(BENCHMARKS); do \
+	  echo "bench: $$name"; $(BIN)/python -m benchmarks.$$name --output benchmarks/results/$$name.json; \
+	done
+	@$(BIN)/python -m benchmarks.render
 
-docs: setup ## Write docs/recipes.md again from the recipe schema
+docs: setup ## Write docs/recipes.md again from the recipe schema, and docs/benchmarks.md from the results
 	@$(BIN)/bigsimclr explain --all --markdown > docs/recipes.md.new
 	@mv docs/recipes.md.new docs/recipes.md
+	@$(BIN)/python -m benchmarks.render > /dev/null
 
-gpu-check: ## Tests that need a GPU, then the benchmarks; uses PYTHON where there is no .venv
-	@$(GPU_PYTHON) -m pytest -q -m gpu
-	@$(GPU_PYTHON) -m benchmarks.augment -o benchmarks/results/augment-gpu.json
-	@if $(GPU_PYTHON) -c 'from importlib.util import find_spec; exit(find_spec("lightly") is None)'; then \
-	  $(GPU_PYTHON) -m benchmarks.loss --output benchmarks/results/loss-gpu-machine.json; \
-	else echo "benchmarks.loss compares with lightly, which is not installed here: left out"; fi
-	@for model in r50-1x r152-3x-sk; do $(GPU_PYTHON) -m benchmarks.optimizer --model $$model \
-	  -o benchmarks/results/optimizer-gpu-$$model.json || exit 1; done
+gpu-check: ## Tests that need a GPU, then its benchmarks, in nine minutes; uses PYTHON where there is no .venv
+	@$(GPU_PYTHON) -m benchmarks.gpu_check
 
 gpu-cifar: ## CIFAR-10 in nine minutes of one GPU: the label-efficiency table; CIFAR10=DIR has the parquet files
 	@$(GPU_PYTHON) -m benchmarks.cifar10 --data $(CIFAR10) --minutes 9 --output benchmarks/results/cifar10.json

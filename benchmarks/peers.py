@@ -8,8 +8,11 @@ solo-learn is on no registry. Its formulas are written here from their definitio
 passes over memory and as many reads from the device as theirs: `solo/losses/simclr.py` and
 `solo/utils/lars.py` of vturrisi/solo-learn.
 
-lightly's and solo-learn's losses are means over the 2N anchors, half of the official sum over
-directions; both are doubled here.
+pytorch-metric-learning's loss runs as installed. It pairs every positive with every negative, so
+that its memory grows with the cube of N.
+
+All three losses are means over the 2N anchors, half of the official sum over directions; they are
+doubled here.
 """
 
 import importlib
@@ -87,6 +90,13 @@ def solo_loss(temperature: float) -> Loss:
         return -2.0 * torch.log(positives / (positives + negatives)).mean()
 
     return loss
+
+
+def metric_learning_loss(temperature: float) -> Loss:
+    """Return pytorch-metric-learning's self-supervised NTXentLoss, doubled."""
+    losses = importlib.import_module("pytorch_metric_learning.losses")
+    loss = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=temperature))
+    return lambda first, second: 2.0 * loss(first, second)
 
 
 def solo_lars(

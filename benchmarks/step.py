@@ -22,6 +22,7 @@ Memory, on a GPU only: the most that is allocated in a method's turns, without t
 import argparse
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import math
 import statistics
@@ -231,6 +232,14 @@ def cases_of(options: argparse.Namespace, device: torch.device) -> tuple[Case, .
     return (Case(options.model, options.batch, options.size or (32 if small else 224)),)
 
 
+def installed(methods: Sequence[MethodName]) -> list[MethodName]:
+    """Leave out lightly where it is not, and say so."""
+    if importlib.util.find_spec("lightly") is not None:
+        return list(methods)
+    print("lightly is not installed: left out")
+    return [method for method in methods if method != "lightly"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -240,7 +249,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="pixels, where --model is given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="steps of a turn")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=installed(METHODS))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--kernels", choices=get_args(Choice), default="auto", help="of ours")
     parser.add_argument("--eager", action="store_true", help="do not compile the strong baseline")

@@ -1,0 +1,385 @@
+"""What `benchmarks.render` takes from each benchmark's result file."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+# Caption or nothing; rows; for each heading the keys that lead to its value, with dots between.
+Table = tuple[str, list[Row], Mapping[str, str]]
+Times = dict[str, dict[str, float]]  # by group and method, in a unit of the group
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A part of the page."""
+
+    name: str  # of the module, and what its result files begin with
+    title: str
+    text: str  # what the figures are, and to whom the ratios compare
+    tables: Callable[[Result], list[Table]]
+    # For the plot: the first of ours that a group has, compared with each of the others.
+    times: Callable[[Result], Times] = lambda _: {}
+    ours: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+# --- loss ------------------------------------------------------------------------------------
+
+_LOSS = {
+    "pairs": "pairs",
+    "threads": "threads",
+    "method": "method",
+    "median s": "median_seconds",
+    "least s": "min_seconds",
+    "spread": "spread",
+    "as called s": "called_median_seconds",
+    "peak MB": "peak_megabytes",
+    "gradient error": "error",
+    "time over lightly": "time_over.lightly",
+    "least over lightly": "min_time_over.lightly",
+    "over solo-learn": "time_over.solo",
+    "over metric-learning": "time_over.metric-learning",
+    "over strong": "time_over.strong",
+    "memory over lightly": "memory_over.lightly",
+    "memory over solo-learn": "memory_over.solo",
+    "": "note",
+}
+
+
+def _loss(result: Result) -> list[Table]:
+    wrong = result["relative_errors_against_float64"]
+
+    def row(found: Row) -> Row:
+        error = wrong.get(str(found["pairs"]), {}).get(found["method"], {}).get("gradient")
+        note = "out of memory" if found.get("out_of_memory") else None
+        return {**found, "error": error, "note": note}
+
+    apart = result["another_problem"]
+    return [
+        ("", [row(found) for found in result["results"]], _LOSS),
+        (
+            f"Another problem ({apart['what']})",
+            [row(found) for found in apart["results"]],
+            {heading: key for heading, key in _LOSS.items() if "over" not in heading},
+        ),
+    ]
+
+
+def _loss_times(result: Result) -> Times:
+    found: Times = defaultdict(dict)
+    threads = min(row.get("threads", 0) for row in result["results"])
+    for row in result["results"]:
+        # The cubic loss has its only sizes below the others'.
+        if row.get("threads", 0) == threads and "median_seconds" in row and row["pairs"] >= 1024:
+            found[f"loss of {row['pairs']} pairs"][row["method"]] = row["median_seconds"]
+    return found
+
+
+# --- optimizer -------------------------------------------------------------------------------
+
+_OPTIMIZER = {
+    "network": "model",
+    "threads": "threads",
+    "method": "method",
+    "median ms": "median_milliseconds",
+    "least ms": "min_milliseconds",
+    "peak MB": "peak_megabytes",
+    "GB/s": "gigabytes_per_second",
+    "error": "error",
+    "time over 30-byte floor": "time_over_30_byte_floor",
+    "time over lightly": "time_over_lightly",
+    "least over lightly": "min_over_lightly",
+}
+
+
+def _optimizer(result: Result) -> list[Table]:
+    wrong = result["largest_errors_against_float64"]
+    rows = [
+        {
+            **row,
+            "model": result["settings"]["model"],
+            "threads": found["threads"] if result["settings"]["device"] == "cpu" else None,
+            "error": wrong[row["method"]],
+        }
+        for found in result["results"]
+        for row in found["methods"]
+    ]
+    return [("", rows, _OPTIMIZER)]
+
+
+def _optimizer_times(result: Result) -> Times:
+    rows = result["results"][0]["methods"]
+    group = f"LARS of {result['settings']['model']}"
+    return {group: {row["method"]: row["median_milliseconds"] for row in rows}}
+
+
+# --- augment ---------------------------------------------------------------------------------
+
+_AUGMENT = {
+    "method": "method",
+    "median us per view": "median_microseconds_per_view",
+    "least us": "min_microseconds_per_view",
+    "spread": "spread",
+    "difference": "error",
+    "time over plain": "time_over_plain",
+}
+
+
+def _augment(result: Result) -> list[Table]:
+    wrong = result["largest_differences_from_float64"]
+    rows = [{**row, "error": wrong.get(row["method"])} for row in result["results"]]
+    return [("", rows, _AUGMENT)]
+
+
+def _augment_times(result: Result) -> Times:
+    key = "median_microseconds_per_view"
+    return {"views": {row["method"]: row[key] for row in result["results"]}}
+
+
+# --- step ------------------------------------------------------------------------------------
+
+_STEP = {
+    "network": "model",
+    "images": "batch",
+    "pixels": "size",
+    "method": "method",
+    "precision": "precision",
+    "images/s": "images_per_second",
+    "spread": "spread",
+    "peak bytes": "peak_bytes",
+    "ours over it": "ratio",
+    "": "note",
+}
+
+
+def _step(result: Result) -> list[Table]:
+    rows = [
+        {
+            **{key: case[key] for key in ("model", "batch", "size")},
+            **row,
+            "method": method,
+            "ratio": case["ratios"].get(f"ours_over_{method}"),
+            "note": "out of memory" if row.get("out_of_memory") else None,
+        }
+        for case in result["cases"]
+        for method, row in case["methods"].items()
+    ]
+    return [("", rows, _STEP)]
+
+
+def _step_times(result: Result) -> Times:
+    return {
+        f"step of {case['model']}": {
+            method: 1 / row["images_per_second"]
+            for method, row in case["methods"].items()
+            if "images_per_second" in row
+        }
+        for case in result["cases"]
+        if "images_per_second" in case["methods"].get("ours", {})
+    }
+
+
+# --- roofline --------------------------------------------------------------------------------
+
+_TIERS = {
+    "eager": "eager",
+    "fused": "fused_elementwise",
+    "+ epilogue": "epilogue",
+    "ideal": "ideal",
+}
+_ROOFLINE = {
+    "network": "network",
+    "GFLOP/view": "training_gflop_per_view",
+    "MB saved/view": "saved_megabytes_per_view",
+    **{
+        f"images/s, {heading}": f"tiers.{tier}.op_roofline_images_per_second"
+        for heading, tier in _TIERS.items()
+    },
+    "ideal is bound by": "tiers.ideal.binds",
+}
+_REACHED = {
+    "network": "model",
+    "method": "method",
+    "images/s": "images_per_second",
+    **{f"of {heading}": f"{tier}.of_op_roofline" for heading, tier in _TIERS.items()},
+}
+
+
+def _roofline(result: Result) -> list[Table]:
+    tables: list[Table] = [("", result["networks"], _ROOFLINE)]
+    if "measured" in result:
+        caption = f"Of this, `{result['measured']['command']}` reached"
+        tables.append((caption, result["measured"]["fractions"], _REACHED))
+    return tables
+
+
+# --- scaling ---------------------------------------------------------------------------------
+
+_SCALING = {
+    "strategy": "strategy",
+    "scaling": "scaling",
+    "ranks": "ranks",
+    "global batch": "global_batch",
+    "images/s": "images_per_second",
+    "spread": "spread",
+    "efficiency": "efficiency",
+}
+
+
+def _scaling(result: Result) -> list[Table]:
+    return [("", result["measured"], _SCALING)]
+
+
+# --- kernels ---------------------------------------------------------------------------------
+
+_NORM_ACT_WAYS = ("fused", "eager", "compiled")
+_NORM_ACT = {"all 53, ms": "method", "forward": "forward", "backward": "backward"}
+_NORM_ACT_LAYERS = {
+    "layer": "layer",
+    "count": "count",
+    **{
+        f"{name}, of a copy": f"passes.{name}.fraction_of_copy"
+        for name in ("statistics", "apply", "sums", "gradients")
+    },
+    **{
+        f"{way} {direction} ms": f"methods.{way}.{direction}.median_ms"
+        for way in _NORM_ACT_WAYS
+        for direction in ("forward", "backward")
+    },
+}
+
+
+def _norm_act(result: Result) -> list[Table]:
+    totals = [{"method": way, **ms} for way, ms in result["network_milliseconds"].items()]
+    return [("", totals, _NORM_ACT), ("Each layer", result["layers"], _NORM_ACT_LAYERS)]
+
+
+def _norm_act_times(result: Result) -> Times:
+    ways = result["network_milliseconds"].items()
+    return {"batch norm": {way: sum(both.values()) for way, both in ways}}
+
+
+_SELECT = {
+    "network": "network",
+    "features": "features",
+    "side": "side",
+    "method": "way",
+    "median ms": "median_ms",
+    "least ms": "min_ms",
+    "forward ms": "median_forward_ms",
+    "of a copy": "share_of_copy",
+    "time over eager": "time_over_eager",
+}
+
+
+def _select(result: Result) -> list[Table]:
+    return [("", result["results"], _SELECT)]
+
+
+def _select_times(result: Result) -> Times:
+    found: Times = defaultdict(lambda: defaultdict(float))
+    for row in result["results"]:
+        found[f"selective kernels of {row['network']}"][row["way"]] += row["median_ms"]
+    return found
+
+
+# --- digits ----------------------------------------------------------------------------------
+
+_DIGITS = {
+    "labels per class": "labels_per_class",
+    "method": "method",
+    "accuracy": "mean",
+    "deviation": "std",
+    "label draws": "draws",
+}
+
+
+def _digits(result: Result) -> list[Table]:
+    return [("", result["label_efficiency"], _DIGITS)]
+
+
+BENCHMARKS = (
+    Benchmark(
+        "loss",
+        "NT-Xent, forward and backward",
+        "float32 inputs. dense, chunked and fused are ours; strong is PyTorch's cross-entropy, in "
+        "bf16 and compiled; the others are lightly, pytorch-metric-learning and solo-learn's "
+        "formula. Ratios are a row's time or memory over that of the named peer: below 1 is "
+        "better than it. tile-wise is what Inf-CL published, in plain PyTorch.",
+        _loss,
+        _loss_times,
+        ("fused-bf16", "chunked"),
+        ("dense", "lightly", "solo", "strong"),
+    ),
+    Benchmark(
+        "optimizer",
+        "LARS, one update",
+        "plain, fused, captured and copying are ours; loop is solo-learn's formula; sgd is "
+        "PyTorch's, which has no norms to compute. Ratios are a row's time over lightly's.",
+        _optimizer,
+        _optimizer_times,
+        ("fused", "plain"),
+        ("lightly", "loop", "apex", "sgd"),
+    ),
+    Benchmark(
+        "augment",
+        "Two views of an image of 224 pixels",
+        "plain and fused are ours; per image and batched are how other pipelines do it; kornia is "
+        "the library. Ratios are a row's time over ours in plain PyTorch.",
+        _augment,
+        _augment_times,
+        ("fused bf16", "fused", "plain"),
+        ("per image", "batched", "kornia"),
+    ),
+    Benchmark(
+        "step",
+        "Whole training steps",
+        "strong is PyTorch in channels_last, autocast and compiled; lightly and solo are those "
+        "libraries' loops. The ratio is our throughput over that of the row.",
+        _step,
+        _step_times,
+        ("ours",),
+        ("strong", "lightly", "solo"),
+    ),
+    Benchmark(
+        "roofline",
+        "What the hardware allows",
+        "Counted, not measured: the images per second of one GPU, each kernel at the larger of its "
+        "times for FLOPs and for bytes, by how much is fused.",
+        _roofline,
+    ),
+    Benchmark(
+        "scaling",
+        "Several processes on this machine's cores",
+        "Efficiency is throughput over that of as many single processes. The file has a model of "
+        "many GPUs besides, which is no measurement.",
+        _scaling,
+    ),
+    Benchmark(
+        "norm_act",
+        "Batch norm with ReLU and sum, of a ResNet-50",
+        "fused is ours; eager and compiled are PyTorch's. Shares are of the speed of a copy.",
+        _norm_act,
+        _norm_act_times,
+        ("fused",),
+        ("eager", "compiled"),
+    ),
+    Benchmark(
+        "select",
+        "Selective kernels between their convolutions",
+        "fused is ours; eager and compiled are the plain code. Ratios are a row's time over eager.",
+        _select,
+        _select_times,
+        ("fused",),
+        ("eager", "compiled"),
+    ),
+    Benchmark(
+        "digits",
+        "Few labels on the bundled digits",
+        "Accuracy on held-out images; supervised is the same network trained from scratch.",
+        _digits,
+    ),
+)
