@@ -10,9 +10,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
 # Only losses and an optimizer of theirs are used, which need little of what they bring along.
 PEERS := 'lightly>=1.5.20' pytorch-metric-learning
-# Those that a CPU can run, of those that are there.
-BENCHMARKS := $(patsubst benchmarks/%.py,%,$(wildcard \
-  $(patsubst %,benchmarks/%.py,loss optimizer augment step roofline digits)))
+# Those that a CPU can run.
+BENCHMARKS := loss optimizer augment step roofline digits
 # Built beside torch, which its own environment for building would lack.
 DEEPSPEED := deepspeed==0.19.8
 DEEPSPEED_NEEDS := wheel setuptools py-cpuinfo hjson msgpack einops tqdm psutil ninja packaging

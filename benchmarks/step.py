@@ -13,7 +13,8 @@ loop makes two, one by one; those of ours and of the strong baseline must stay t
 Time: one process; every round lets every method make some steps, in turns and every other round in
 the opposite order, so that a busy moment of the machine meets all of them. The median of the rounds
 counts; spread is largest less smallest, over the median. On a GPU the clock waits for the last
-step of a turn, and what the others hold rests on the host meanwhile.
+step of a turn, and what the others hold rests on the host meanwhile. On a CPU with one thread the
+clock is that of the process, which what else the machine does hardly moves.
 
 Memory, on a GPU only: the most that is allocated in a method's turns, without the views.
 """
@@ -23,6 +24,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import math
 import statistics
 import sys
 import time
@@ -83,6 +85,7 @@ class Entrant:
     losses: list[float]  # of the first steps
     stays: int  # bytes that it holds on the device while it rests
     peak: int = 0  # bytes
+    last_loss: float = math.nan
     seconds: list[float] = field(default_factory=list)  # of one step, by round
 
 
@@ -103,7 +106,11 @@ def enter(
 
 
 def take_turn(entrant: Entrant, device: torch.device, steps: int) -> None:
-    """Let a method make some steps and note what a step took."""
+    """Let a method make some steps and note what a step took.
+
+    Raises:
+        ValueError: its loss is not finite any more, so that it may have left out updates.
+    """
     others = _allocated(device) - entrant.stays
     _move(entrant.loop, device)
     entrant.loop.step()
@@ -111,12 +118,14 @@ def take_turn(entrant: Entrant, device: torch.device, steps: int) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     begin = _clock(device)()
-    for _ in range(steps):
-        entrant.loop.step()
+    losses = [entrant.loop.step() for _ in range(steps)]
     if device.type == "cuda":
         torch.cuda.synchronize()
         entrant.peak = max(entrant.peak, torch.cuda.max_memory_allocated() - others)
     entrant.seconds.append((_clock(device)() - begin) / steps)
+    entrant.last_loss = float(losses[-1])
+    if not math.isfinite(entrant.last_loss):
+        raise ValueError(f"a loss became {entrant.last_loss}")
     _move(entrant.loop, torch.device("cpu"))
 
 
@@ -211,6 +220,7 @@ def _facts(
         "spread": round((max(rates) - min(rates)) / median, 3),
         "peak_bytes": entrant.peak if device.type == "cuda" else None,
         "first_losses": entrant.losses,
+        "last_loss": entrant.last_loss,
     }
 
 

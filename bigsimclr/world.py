@@ -5,8 +5,10 @@ Every rank must make the same calls in the same order.
 Shapes: W processes.
 """
 
+import ctypes
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +41,9 @@ except ImportError:  # before torch 2.13
     from torch.distributed import all_gather_into_tensor as all_gather_single
 
 logger = logging.getLogger(__name__)
+
+_TRIM_THRESHOLD: Final = -1  # glibc's malloc.h
+_MMAP_THRESHOLD: Final = -3
 
 
 @dataclass(frozen=True)
@@ -331,6 +336,7 @@ def use_device(
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
     if chosen == "cpu":
+        _keep_freed_memory()
         logger.info("device: cpu")
         return replace(world, device=torch.device("cpu"))
     torch.backends.cudnn.benchmark = not deterministic
@@ -349,6 +355,23 @@ def use_device(
     torch.cuda.set_device(number)
     logger.info("device: cuda:%d", number)
     return replace(world, device=torch.device("cuda", number))
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed, unless the environment says how it is to allocate.
+
+    A training step frees what the next one asks for again. What the system takes back in between
+    it hands out anew page by page, cleared: 5% of the time of a ResNet-18 on 32 images of 32
+    pixels. Now up to 2 GiB at the end of the heap stay with the process, and blocks of 32 MiB, the
+    most that glibc comes to by itself, are on the heap from the start.
+    """
+    told = any(name.startswith("MALLOC_") for name in os.environ)  # noqa: TID251 - allowed here
+    if sys.platform != "linux" or told:
+        return
+    options = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if options is not None:
+        options(_MMAP_THRESHOLD, 32 << 20)
+        options(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def name_device(device: torch.device) -> None:

@@ -384,6 +384,12 @@ def test_a_lever_in_the_plan(check: Check, memory: Memory) -> None:
     assert f", and {share}% of the forward pass again: " in rows(found)["compute"]
 
 
+def test_memory_that_is_left_to_what_there_is(check: Check) -> None:
+    plain, auto = check(IMAGENET), check(IMAGENET, "parallel.memory=auto")
+    assert costs(auto) == costs(plain)
+    assert " kept per view unless memory=auto finds too little; " in rows(auto)["memory"]
+
+
 def test_gpus_of_the_largest_network() -> None:
     (found,) = check_recipe("imagenet/1_pretrain", [*R152_3X_SK, "batch.global_batch=4096"])
     table = found.gpus

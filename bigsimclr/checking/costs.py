@@ -85,7 +85,7 @@ def stage_cost(
         RecipeError: no network of this width exists, or the batch cannot be shared.
     """
     shares = share_batch(recipe, world_size=world_size)
-    own = network_cost(recipe, network, recipe.parallel.memory)
+    own = network_cost(recipe, network, lever_of(recipe))
     taught_by = None
     if teacher is not None:
         precision, size = recipe.parallel.precision, recipe.augment.image_size
@@ -103,6 +103,12 @@ def stage_cost(
         ),
         view_bytes=view_bytes(recipe, own),
     )
+
+
+def lever_of(recipe: AnyTraining) -> Memory:
+    """Return how a stage saves memory; nothing where it is left to what a GPU has."""
+    memory = recipe.parallel.memory
+    return "none" if memory == "auto" else memory
 
 
 def network_cost(recipe: AnyTraining, network: Architecture, memory: Memory) -> Cost:
@@ -254,6 +260,8 @@ def _memory_text(recipe: AnyTraining, found: StageCost) -> str:
     kept = "held while a view passes" if isinstance(recipe, LinearRecipe) else "kept per view"
     if found.network.again_bytes:
         kept = "kept per view or made again"
+    if recipe.parallel.memory == "auto":
+        kept += " unless memory=auto finds too little"
     strategy = recipe.parallel.strategy
     under = "" if strategy == "ddp" else f" under {strategy}"
     return (

@@ -12,6 +12,7 @@ from torch import Tensor
 from bigsimclr.data.loader import Batch, Loader
 from bigsimclr.engine import Losses, MakeViews, Objective
 from bigsimclr.engine.checkpoint import Checkpoint
+from bigsimclr.engine.graph import GraphedGradients
 from bigsimclr.engine.liveness import Pulse
 from bigsimclr.engine.saving import Saver, Shares
 from bigsimclr.engine.step import compute_gradients
@@ -70,6 +71,7 @@ class Run:
     loader: Loader
     make_views: MakeViews
     strategy: Strategy
+    graph: GraphedGradients | None  # for direct updates on a GPU
     world: World
     evaluate: Evaluate
     intervals: Intervals
@@ -202,14 +204,17 @@ def _update(run: Run, batch: Batch, step: int) -> tuple[Losses, Update, float]:
     )
     run.strategy.set_learning_rate(rate)
     try:
-        losses = compute_gradients(
-            run.objective,
-            batch,
-            how=plan.update,
-            micro_batch=plan.micro_batch,
-            make_views=run.make_views,
-            strategy=run.strategy,
-        )
+        if run.graph is not None:
+            losses = run.graph(run.make_views(batch), batch)
+        else:
+            losses = compute_gradients(
+                run.objective,
+                batch,
+                how=plan.update,
+                micro_batch=plan.micro_batch,
+                make_views=run.make_views,
+                strategy=run.strategy,
+            )
         update = run.strategy.update()
     except NumericsError as error:
         saved = run.saver.finish()  # a save in progress holds an earlier, finite state

@@ -1,13 +1,15 @@
-"""The largest micro-batch that fits, found by trying."""
+"""What fits into memory, found by trying."""
 
 import gc
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
 
 from bigsimclr.errors import RecipeError
+from bigsimclr.models.anatomy import Memory
 from bigsimclr.world import World
 
 logger = logging.getLogger(__name__)
@@ -42,8 +44,7 @@ def find_micro_batch(try_one: Callable[[int], None], rank_batch: int, world: Wor
         if rank_batch % size == 0 and (size >= _FEWEST or size == rank_batch)
     ]
     for size in sizes:
-        fits = torch.tensor(_fits(try_one, size), dtype=torch.int64, device=world.device)
-        without = world.size - int(world.gather(fits).sum())
+        without = _ranks_without(partial(try_one, size), world)
         if not without:
             logger.info("micro-batch: %d of %d images per rank fit", size, rank_batch)
             return size
@@ -55,9 +56,36 @@ def find_micro_batch(try_one: Callable[[int], None], rank_batch: int, world: Wor
     )
 
 
-def _fits(try_one: Callable[[int], None], size: int) -> bool:
+def find_memory(try_one: Callable[[Memory], None], world: World) -> Memory:
+    """Return the first way to save memory with which every rank has enough.
+
+    Args:
+        try_one: as for `find_micro_batch`, with one way and the images of a forward pass.
+        world: the ranks that must agree.
+
+    Returns:
+        none, selective or block; block also where not even that fits.
+    """
+    levers: tuple[Memory, ...] = ("none", "selective")
+    for memory in levers:
+        without = _ranks_without(partial(try_one, memory), world)
+        if not without:
+            logger.info("memory: %s", memory)
+            return memory
+        logger.info("memory: %s does not fit on %d ranks", memory, without)
+    logger.info("memory: block")
+    return "block"
+
+
+def _ranks_without(attempt: Callable[[], None], world: World) -> int:
+    """Count the ranks whose memory an attempt exceeds; the same on all."""
+    fits = torch.tensor(_fits(attempt), dtype=torch.int64, device=world.device)
+    return world.size - int(world.gather(fits).sum())
+
+
+def _fits(attempt: Callable[[], None]) -> bool:
     try:
-        try_one(size)
+        attempt()
     except RuntimeError as error:
         ended = isinstance(error, torch.OutOfMemoryError)
         if not (ended or any(sign in str(error) for sign in _SIGNS)):

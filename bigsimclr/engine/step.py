@@ -39,7 +39,7 @@ def compute_gradients(
         ValueError: accumulated, for a loss that couples the images of a batch.
     """
     if how == "direct":
-        return _direct(objective, batch, make_views, strategy)
+        return direct_gradients(objective, batch, make_views(batch), strategy)
     if how == "accumulated":
         if not objective.separable:
             raise ValueError("this loss couples the images of a batch: use cached gradients")
@@ -54,11 +54,25 @@ def _rows(objective: Objective, views: Tensor, strategy: Strategy) -> Tensor:
     return rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
 
 
-def _direct(
-    objective: Objective, batch: Batch, make_views: MakeViews, strategy: Strategy
+def direct_gradients(
+    objective: Objective,
+    batch: Batch,
+    views: Tensor,  # [V*B,3,H,W]
+    strategy: Strategy,
+    *,
+    sends: bool = True,
 ) -> Losses:
-    losses = objective.loss(_rows(objective, make_views(batch), strategy), batch)
-    with strategy.synchronise(when=True):
+    """Add the gradient of the loss of some views, in one forward pass.
+
+    Args:
+        objective: the stage's rows and loss.
+        batch: what the views were made of.
+        views: on the device.
+        strategy: precision, backward, synchronisation.
+        sends: exchange gradients with other ranks; else another backward pass does.
+    """
+    losses = objective.loss(_rows(objective, views, strategy), batch)
+    with strategy.synchronise(when=sends):
         strategy.backward(losses.total)
     return losses
 

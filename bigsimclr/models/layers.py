@@ -8,6 +8,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -19,6 +21,59 @@ DENSE_STD = 0.01
 _SAFE_WIDTH = 16
 """Channels from which on strided 1x1 convolutions are left to oneDNN. Below the width of its blocks
 (8 on AVX2, 16 on AVX-512) a gradient is written beyond its buffer (uxlfoundation/oneDNN#6035)."""
+
+
+class _Rounded(Function):
+    """Compute with a rounded copy of a weight, whose gradient is the weight's."""
+
+    @staticmethod
+    @override
+    def forward(ctx: FunctionCtx, weight: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    @override
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _weight_of(layer: "Convolution | Dense") -> Tensor:
+    """Return what a layer computes with: under autocast its working copy, where it has one."""
+    rounded = layer.working
+    device = layer.weight.device.type
+    if (
+        rounded is None
+        or not torch.is_autocast_enabled(device)
+        or torch.get_autocast_dtype(device) != rounded.dtype
+    ):
+        return layer.weight
+    weight: Tensor = _Rounded.apply(layer.weight, rounded)  # type: ignore[no-untyped-call]
+    return weight
+
+
+class WorkingWeights:
+    """16-bit copies of a model's weights, all rounded at once instead of one by one by autocast.
+
+    The weights themselves stay float32: the optimizer updates them, and checkpoints hold them. The
+    numbers are those of autocast, to the bit.
+
+    Args:
+        model: its convolutions and dense layers compute with the copies under autocast.
+        dtype: of the copies; copies are used where autocast wants this type.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        layers = [m for m in model.modules() if isinstance(m, Convolution | Dense)]
+        for layer in layers:
+            layer.working = torch.empty_like(layer.weight, dtype=dtype, requires_grad=False)
+        self._layers = layers
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round again what has changed; comes after every change of the weights."""
+        copies = [layer.working for layer in self._layers if layer.working is not None]
+        torch._foreach_copy_(copies, [layer.weight.detach() for layer in self._layers])
 
 
 def _truncated_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
@@ -57,6 +112,7 @@ class Convolution(nn.Conv2d):
     ) -> None:
         padding = (kernel - 1) // 2
         super().__init__(in_width, out_width, kernel, stride=stride, padding=padding, bias=False)
+        self.working: Tensor | None = None  # see `WorkingWeights`; no part of the state
         if not self.weight.is_meta:
             std = math.sqrt(1.0 / (in_width * kernel * kernel)) / TRUNCATED_STD
             _truncated_normal(self.weight, std, generator)
@@ -71,8 +127,9 @@ class Convolution(nn.Conv2d):
         if self._skips_positions:
             # The same sums: what a stride passes over is left out beforehand.
             step = self.stride[0]
-            return F.conv2d(images[:, :, ::step, ::step], self.weight)
-        return super().forward(images)
+            return F.conv2d(images[:, :, ::step, ::step], _weight_of(self))
+        outputs: Tensor = self._conv_forward(images, _weight_of(self), None)
+        return outputs
 
     @override
     def reset_parameters(self) -> None:
@@ -94,6 +151,7 @@ class Dense(nn.Linear):
         generator: torch.Generator | None,
     ) -> None:
         super().__init__(in_width, out_width, bias=has_bias)
+        self.working: Tensor | None = None
         if self.weight.is_meta:
             return
         if generator is None:
@@ -102,6 +160,14 @@ class Dense(nn.Linear):
             _normal(self.weight, DENSE_STD, generator)
         if has_bias:
             nn.init.zeros_(self.bias)
+
+    @override
+    def forward(
+        self,
+        inputs: Tensor,  # [N, in_width]
+    ) -> Tensor:  # [N, out_width]
+        """Multiply, and add the bias."""
+        return F.linear(inputs, _weight_of(self), self.bias)
 
     @override
     def reset_parameters(self) -> None:

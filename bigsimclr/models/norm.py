@@ -183,7 +183,7 @@ class BatchNorm(nn.Module):
 
         Args:
             inputs: what will be normalised.
-            compute: returns mean and biased variance of its argument, in float32 or float64.
+            compute: returns mean [C] and biased variance [C] of its argument, float32 or float64.
 
         Raises:
             ValueError: a single value per channel, which has no variance.

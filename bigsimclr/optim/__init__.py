@@ -37,6 +37,7 @@ def build_optimizer(
     kinds: Mapping[str, ParameterKind],
     learning_rate: float,
     squared_norms: SquaredNorms | None = None,
+    fused: bool = False,
 ) -> Optimizer:
     """Make the optimizer of a recipe's `optimizer` section.
 
@@ -51,6 +52,7 @@ def build_optimizer(
         kinds: What each parameter is; may name more parameters than are trained.
         learning_rate: Rate after its scaling with the global batch.
         squared_norms: Sums over the ranks, where the parameters are parts of whole ones.
+        fused: LARS and SGD update with the kernels in Triton; see `LARS`.
 
     Returns:
         An optimizer whose groups also list their `names` and whose state is complete from the
@@ -72,6 +74,7 @@ def build_optimizer(
                 momentum=section.momentum,
                 trust_coefficient=section.trust_coefficient,
                 squared_norms=squared_norms,
+                fused=fused,
             )
         case Sgd():
             decayed = _KERNELS | {"bias", "classifier_bias"}
@@ -80,6 +83,7 @@ def build_optimizer(
                 learning_rate=learning_rate,
                 momentum=section.momentum,
                 nesterov=True,
+                fused=fused,
             )
         case AdamW():
             return TensorFlowAdamW(
@@ -90,9 +94,17 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Give every group this rate for its next update."""
+    """Give every group this rate for its next update.
+
+    A rate that is a tensor is filled, so that a captured update reads the new one.
+    """
+    filled: dict[int, Tensor] = {}
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        rate = group["lr"]
+        if not isinstance(rate, Tensor):
+            group["lr"] = learning_rate
+        elif id(rate) not in filled:
+            filled[id(rate)] = rate.fill_(learning_rate)
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Tensor]:

@@ -8,19 +8,27 @@ Source: google-research/simclr lars_optimizer.py, tf2/lars_optimizer.py; arXiv 1
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor, _foreach_add, _foreach_mul, _foreach_norm
+from torch import Tensor, _foreach_add, _foreach_mul, _foreach_norm, _fused_sgd_
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from bigsimclr.optim.batches import Batch, in_batches
+
+if TYPE_CHECKING:
+    from bigsimclr.kernels.lars_update import LarsUpdate
+
 SquaredNorms = Callable[[list[Tensor]], list[Tensor]]
-"""Squared L2 norms [] of tensors; one that sums over ranks makes LARS work on sharded tensors."""
+"""Squared L2 norms [] of tensors; one that sums over ranks makes LARS work on sharded tensors.
+
+LARS gives it the norms of this rank's pieces, whose norm is that of what they are pieces of.
+"""
 
 
 class LARS(Optimizer):
-    """Layer-wise adaptive rates with momentum; no value is read back from the device.
+    """Layer-wise adaptive rates with momentum; no value is read back from a GPU.
 
     Each group carries `weight_decay` (per update, added to the gradient) and `adapt` (whether the
     rate follows |weights| / |gradient|). The trust ratio is 1 where either norm is 0. Parameters
@@ -34,6 +42,13 @@ class LARS(Optimizer):
         nesterov: Look ahead along the momentum.
         classic: Momentum of the adapted updates (official default); False adapts the momentum.
         squared_norms: Replaces the local computation of squared norms.
+        fused: Update all groups at once with `bigsimclr.kernels.lars_update`, which needs Triton,
+            where every parameter is float32. The rates `lr` then become tensors on the device,
+            which `bigsimclr.optim.set_learning_rate` fills, so that a step captured in a CUDA graph
+            follows them.
+
+    Raises:
+        ValueError: A setting is impossible.
 
     Source: google-research/simclr lars_optimizer.py.
     """
@@ -48,6 +63,7 @@ class LARS(Optimizer):
         nesterov: bool = False,
         classic: bool = True,
         squared_norms: SquaredNorms | None = None,
+        fused: bool = False,
     ) -> None:
         if learning_rate < 0 or trust_coefficient <= 0 or not 0 <= momentum < 1:
             raise ValueError(
@@ -60,9 +76,11 @@ class LARS(Optimizer):
         self.nesterov = nesterov
         self.classic = classic
         self._squared_norms = squared_norms
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        self._is_fused = fused and all(p.dtype == torch.float32 for p in self._parameters())
+        self._settings: list[tuple[float, bool]] = []
+        self._kernels: LarsUpdate | None = None  # for parameters of these settings
+        for parameter in self._parameters():
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -85,64 +103,155 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            for group in self.param_groups:
-                parameters = [p for p in group["params"] if p.grad is not None]
-                if parameters:
-                    self._update(
-                        parameters,
-                        rate=group["lr"],
-                        weight_decay=group["weight_decay"],
-                        adapt=group["adapt"],
-                    )
+            if self._is_fused:
+                self._update_at_once()
+            else:
+                for group in self.param_groups:
+                    parameters = [p for p in group["params"] if p.grad is not None]
+                    if parameters:
+                        self._update(
+                            parameters,
+                            rate=group["lr"],
+                            weight_decay=group["weight_decay"],
+                            adapt=group["adapt"],
+                        )
         return loss
 
+    def _update_at_once(self) -> None:
+        """Apply one update to all groups with the kernels."""
+        from bigsimclr.kernels.lars_update import LarsUpdate
+
+        parameters = self._parameters()
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        settings = [(group["weight_decay"], group["adapt"]) for group in groups]
+        if self._kernels is None or settings != self._settings:
+            self._settings = settings
+            self._kernels = LarsUpdate(
+                parameters,
+                weight_decays=[weight_decay for weight_decay, _ in settings],
+                adapts=[adapt for _, adapt in settings],
+                momentum=self.momentum,
+                trust_coefficient=self.trust_coefficient,
+                nesterov=self.nesterov,
+                classic=self.classic,
+                squared_norms=self._squared_norms,
+            )
+        self._rates_to(parameters[0].device)
+        self._kernels.update(
+            weights=parameters,
+            gradients=[parameter.grad for parameter in parameters],
+            momenta=[self.state[parameter]["momentum"] for parameter in parameters],
+            rates=[group["lr"] for group in groups],
+        )
+
+    def _parameters(self) -> list[Tensor]:
+        """Return all parameters."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _rates_to(self, device: torch.device) -> None:
+        """Turn rates that are numbers into tensors [] on the device, equal ones into the same."""
+        known: dict[float, Tensor] = {}
+        for group in self.param_groups:
+            rate = group["lr"]
+            if not isinstance(rate, Tensor):
+                if rate not in known:
+                    known[rate] = torch.full((), rate, dtype=torch.float32, device=device)
+                group["lr"] = known[rate]
+
     def _update(
-        self, parameters: list[Tensor], *, rate: float, weight_decay: float, adapt: bool
+        self, parameters: list[Tensor], *, rate: float | Tensor, weight_decay: float, adapt: bool
     ) -> None:
         """Apply one update to the parameters of one group."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        buffers = [self.state[p]["momentum"] for p in parameters]
-        if weight_decay != 0:
-            gradients = _list(_foreach_add(gradients, parameters, alpha=weight_decay))
-        if self.classic:
-            # The decay is part of the gradient whose norm is compared, as in the official code.
-            steps = self._scaled(parameters, gradients, rate=rate, adapt=adapt)
-            torch._foreach_mul_(buffers, self.momentum)
-            torch._foreach_add_(buffers, steps)
-            if self.nesterov:
-                torch._foreach_add_(steps, buffers, alpha=self.momentum)
-                torch._foreach_sub_(parameters, steps)
-            else:
-                torch._foreach_sub_(parameters, buffers)
-        else:
-            torch._foreach_mul_(buffers, self.momentum)
-            torch._foreach_add_(buffers, gradients)
-            directions = buffers
-            if self.nesterov:
-                directions = _list(_foreach_add(gradients, buffers, alpha=self.momentum))
-            steps = self._scaled(parameters, directions, rate=rate, adapt=adapt)
-            torch._foreach_sub_(parameters, steps)
-
-    def _scaled(
-        self, parameters: list[Tensor], directions: list[Tensor], *, rate: float, adapt: bool
-    ) -> list[Tensor]:
-        """Return the directions times rate and, where it adapts, trust ratio."""
-        steps = _list(_foreach_mul(directions, rate))
+        batches = in_batches(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [self.state[p]["momentum"] for p in parameters],
+        )
+        if not self.classic:
+            for batch in batches:
+                slopes = _slopes(batch, weight_decay)
+                torch._foreach_mul_(batch.momenta, self.momentum)
+                torch._foreach_add_(batch.momenta, slopes)
+        factors: list[Any] = [rate] * len(parameters)
         if adapt:
-            weights, lengths = self._norms(parameters, directions)
-            known = (weights > 0) & (lengths > 0)
-            trust = torch.where(known, self.trust_coefficient * weights / lengths, 1.0)
-            torch._foreach_mul_(steps, list(trust.unbind()))
-        return steps
+            factors = list(self._trust(batches, len(parameters), weight_decay).mul_(rate).unbind())
+        for batch in batches:
+            own = [factors[owner] for owner in batch.owners]
+            if self.classic and self.momentum and not self.nesterov and batch.is_flat:
+                _move_in_one_pass(batch, own, weight_decay=weight_decay, momentum=self.momentum)
+            else:
+                self._move(batch, own, weight_decay=weight_decay)
 
-    def _norms(self, parameters: list[Tensor], directions: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the norms [P] of the parameters and [P] of the directions."""
-        tensors = [*parameters, *directions]
+    def _move(self, batch: Batch, factors: list[Any], *, weight_decay: float) -> None:
+        """Update a batch by its directions times their factors."""
+        steps = _list(_foreach_mul(self._directions(batch, weight_decay), factors))
+        if self.classic:
+            torch._foreach_mul_(batch.momenta, self.momentum)
+            torch._foreach_add_(batch.momenta, steps)
+            if self.nesterov:
+                torch._foreach_add_(steps, batch.momenta, alpha=self.momentum)
+            else:
+                steps = batch.momenta
+        torch._foreach_sub_(batch.weights, steps)
+
+    def _directions(self, batch: Batch, weight_decay: float) -> list[Tensor]:
+        """Return what the trust ratio sets the weights against."""
+        if self.classic:
+            return _slopes(batch, weight_decay)
+        if self.nesterov:
+            slopes = _slopes(batch, weight_decay)
+            return _list(_foreach_add(slopes, batch.momenta, alpha=self.momentum))
+        return batch.momenta
+
+    def _trust(self, batches: list[Batch], parameters: int, weight_decay: float) -> Tensor:
+        """Return the trust ratios [P] of as many parameters."""
+        pieces: list[list[Tensor]] = [[] for _ in range(2 * parameters)]
+        for batch in batches:
+            directions = self._directions(batch, weight_decay)
+            owners = [*batch.owners, *(parameters + owner for owner in batch.owners)]
+            found = _foreach_norm([*batch.weights, *directions])
+            for owner, norm in zip(owners, found, strict=True):
+                pieces[owner].append(norm)
+        # The norm of a tensor is the norm of its pieces' norms.
+        joined = [torch.stack(norms) if len(norms) > 1 else norms[0] for norms in pieces]
         if self._squared_norms is None:
-            norms = torch.stack(_list(_foreach_norm(tensors)))
+            norms = torch.stack(_list(_foreach_norm(joined)))
         else:
-            norms = torch.stack(self._squared_norms(tensors)).sqrt()
-        return norms[: len(parameters)], norms[len(parameters) :]
+            norms = torch.stack(self._squared_norms(joined)).sqrt()
+        weights, lengths = norms[:parameters], norms[parameters:]
+        known = (weights > 0) & (lengths > 0)
+        return torch.where(known, self.trust_coefficient * weights / lengths, 1.0)
+
+
+def _slopes(batch: Batch, weight_decay: float) -> list[Tensor]:
+    """Return gradients with the decay, which the official code compares with the weights too."""
+    if weight_decay == 0:
+        return batch.gradients
+    return _list(_foreach_add(batch.gradients, batch.weights, alpha=weight_decay))
+
+
+def _move_in_one_pass(
+    batch: Batch, factors: list[Any], *, weight_decay: float, momentum: float
+) -> None:
+    """Update a batch on a CPU, reading and writing its memory once.
+
+    PyTorch's SGD scales the decayed gradient by 1 - dampening before it joins the momentum.
+    """
+    for weight, gradient, buffer, factor in zip(
+        batch.weights, batch.gradients, batch.momenta, factors, strict=True
+    ):
+        _fused_sgd_(
+            [weight],
+            [gradient],
+            [buffer],
+            weight_decay=weight_decay,
+            momentum=momentum,
+            lr=1.0,
+            dampening=1.0 - float(factor),
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
 
 
 def _list(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -157,6 +157,7 @@ class DataParallel:
         """Give every rank the first rank's model, make its optimizer and watch its gradients."""
         self._single.prepare(model, make_optimizer)
         copy_from_first(model, self._world)
+        self._single.refresh()
         self._buckets = Buckets(
             self._world,
             list(trained(model).values()),

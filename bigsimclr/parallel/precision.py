@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from typing import Final, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigsimclr.errors import NumericsError
+from bigsimclr.models.layers import WorkingWeights
 from bigsimclr.parallel import Update
 
 AUTOCAST: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +50,10 @@ class Precision:
         self._scale = _FIRST_SCALE if self._is_scaled else 1.0
         self._finite_updates = 0  # since the scale was last changed
         self._earlier: _Arriving | None = None
+
+    def working_weights(self, model: nn.Module) -> WorkingWeights | None:
+        """Give a model on its device the copies that 16-bit arithmetic works with."""
+        return None if self._autocast is None else WorkingWeights(model, self._autocast)
 
     @contextmanager
     def compute(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from bigsimclr.optim.tensors import copy_tensors, tensors_of
 from bigsimclr.parallel import Choose, MakeOptimizer, Update
 from bigsimclr.parallel.precision import Precision
 
+if TYPE_CHECKING:
+    from bigsimclr.models.layers import WorkingWeights
+
 
 class Single:
     """The strategy of a single process, and of each rank that holds the whole state."""
@@ -21,6 +25,7 @@ class Single:
         self._precision = precision
         self._model: SimCLR | None = None
         self._optimizer: Optimizer | None = None
+        self._working: WorkingWeights | None = None
 
     @property
     def model(self) -> SimCLR:
@@ -40,6 +45,7 @@ class Single:
         """Move the model to the device and make its optimizer."""
         self._model = model.to(self._precision.device)
         self._optimizer = make_optimizer(trained(model))
+        self._working = self._precision.working_weights(self._model)
 
     def compute(self) -> AbstractContextManager[None]:
         """Run forward passes in the recipe's precision."""
@@ -71,9 +77,15 @@ class Single:
         verdict = self._precision.judge(norm)
         if not verdict.skipped:
             self.optimizer.step()
+            self.refresh()
         for parameter in parameters:
             parameter.grad = None
         return verdict
+
+    def refresh(self) -> None:
+        """Let 16-bit arithmetic follow the weights, which have changed."""
+        if self._working is not None:
+            self._working.refresh()
 
     def whole(self) -> Iterator[Mapping[str, Tensor]]:
         """Yield everything at once."""
@@ -88,6 +100,7 @@ class Single:
         """Take saved tensors."""
         copy_tensors(tensors_of(self.model), model, what="model")
         load_optimizer_state(self.optimizer, optimizer)
+        self.refresh()
 
     def state(self) -> dict[str, float]:
         """Return the loss scale."""

@@ -27,6 +27,8 @@ from bigsimclr.world import World
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from bigsimclr.models.layers import WorkingWeights
+
 
 class ZeroOne:
     """The strategy of ranks that share the optimizer state by parameters.
@@ -52,6 +54,7 @@ class ZeroOne:
         self._bucket_bytes = bucket_bytes
         self._model: SimCLR | None = None
         self._buckets: Buckets | None = None
+        self._working: WorkingWeights | None = None
         self._optimizer: Optimizer | None = None  # None: this rank owns nothing
         self._owned: list[list[Parameter]] = []  # by rank
 
@@ -59,6 +62,7 @@ class ZeroOne:
         """Give every rank the first rank's model, and each parameter an owner."""
         self._model = model.to(self._world.device)
         copy_from_first(model, self._world)
+        self._working = self._precision.working_weights(model)
         parameters = trained(model)
         owners = _owners(list(parameters.values()), self._world.size)
         named = list(zip(parameters.items(), owners, strict=True))
@@ -120,9 +124,14 @@ class ZeroOne:
             if self._optimizer is not None:
                 self._optimizer.step()
             self._exchange()
+            self._refresh()
         for parameter in parameters:
             parameter.grad = None
         return verdict
+
+    def _refresh(self) -> None:
+        if self._working is not None:
+            self._working.refresh()
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -155,6 +164,7 @@ class ZeroOne:
             load_optimizer_state(
                 self._optimizer, {key: value for key, value in optimizer.items() if key in own}
             )
+        self._refresh()
 
     def state(self) -> dict[str, float]:
         """Return the loss scale, the same on every rank."""

@@ -141,6 +141,21 @@ def _parallel_breaches(parallel: ParallelSection) -> list[tuple[str, str]]:
                 "parallel.strategy=ddp or zero1",
             )
         )
+    if parallel.cuda_graph and parallel.strategy not in {"ddp", "zero1"}:
+        breaches.append(
+            (
+                "parallel.cuda_graph",
+                f"{parallel.strategy} moves parameters while it computes; true is for "
+                "parallel.strategy=ddp or zero1",
+            )
+        )
+    if parallel.cuda_graph and parallel.precision == "fp16":
+        breaches.append(
+            (
+                "parallel.cuda_graph",
+                "a graph cannot follow the loss scale of fp16; use parallel.precision=bf16",
+            )
+        )
     if parallel.offload and not parallel.strategy.startswith("deepspeed_"):
         breaches.append(
             (

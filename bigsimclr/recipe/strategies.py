@@ -26,13 +26,18 @@ class ParallelSection(Section):
     """auto: the GPU where there is one, else the CPU; the log says which."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the network's arithmetic; losses and statistics stay fp32. fp16 scales its loss."""
-    memory: Literal["none", "selective", "block"] = "none"
+    memory: Literal["auto", "none", "selective", "block"] = "none"
     """What is computed again in the backward pass instead of kept: nothing; all between the
     convolutions and the last one of a bottleneck, for 5 to 7% more arithmetic; all inside a
-    residual block, for a third more. Loss and gradient stay the same."""
+    residual block, for a third more. auto: the first of these that every GPU has memory for, found
+    by trying; none on a CPU. Loss and gradient stay the same."""
     kernels: Literal["auto", "plain", "triton"] = "auto"
     """Fused Triton kernels or plain PyTorch, which compute the same functions; auto: fused on a
     GPU. The log says which."""
+    cuda_graph: bool = False
+    """ddp and zero1 on a GPU, without micro-batches. Record forward pass, loss and backward pass
+    once and replay them with one launch: for small networks or batches, whose launches take longer
+    than their work. The numbers stay the same."""
     sync_group_size: PositiveInt | None = None
     """Ranks that share their batch norm statistics; null: all of them, so that the number of ranks
     changes nothing."""

@@ -26,6 +26,7 @@ FREE_KEYS = (
     "parallel.offload",
     "parallel.reshard",
     "parallel.memory",
+    "parallel.kernels",
     "parallel.hang_seconds",
     "parallel.cpu_threads",
     "input.workers",

@@ -11,6 +11,7 @@ import torch
 from bigsimclr.data.loader import Loader
 from bigsimclr.engine import Objective
 from bigsimclr.engine.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from bigsimclr.engine.graph import GraphedGradients
 from bigsimclr.engine.loop import Evaluate, Intervals, Run, Trained, train
 from bigsimclr.engine.saving import Saver
 from bigsimclr.engine.stop import StopRequest
@@ -23,10 +24,10 @@ from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
 from bigsimclr.parallel import MakeOptimizer, Strategy, build_strategy
 from bigsimclr.recipe.plan import Plan, make_plan
-from bigsimclr.recipe.schema import AnyTraining
+from bigsimclr.recipe.schema import AnyTraining, PretrainRecipe
 from bigsimclr.report.progress import Progress
 from bigsimclr.report.records import Records, read_records
-from bigsimclr.stages.fitting import fitting_micro_batch
+from bigsimclr.stages.fitting import fitting_memory, fitting_micro_batch
 from bigsimclr.stages.inputs import Inputs
 from bigsimclr.stages.load import Loaded
 from bigsimclr.stages.run_directory import (
@@ -76,10 +77,7 @@ def run_training(
         CheckpointError: the directory holds checkpoints, none of them intact.
     """
     model = task.objective.model
-    save_memory(model, recipe.parallel.memory)
-    if task.inputs.fused:
-        fuse_batch_norm(model)
-        fuse_selective_kernels(model)
+    _choose_code(recipe, task, world)
     world.check_same("images, labels or parent", json.dumps(_origins(task)))
     directory = run.directory
     resume = _newest(directory, world)
@@ -92,7 +90,7 @@ def run_training(
         ),
     )
     strategy = build_strategy(recipe.parallel, world)
-    strategy.prepare(model, _optimizer_maker(recipe, model, plan))
+    strategy.prepare(model, _optimizer_maker(recipe, model, plan, fused=task.inputs.fused))
     with world.together():
         if resume is not None:
             check_same_recipe(recipe, resume.facts["recipe"], directory.path)
@@ -125,6 +123,16 @@ def run_training(
         if records is not None:
             directory.note_unreadable(loader.unreadable)
             records.close()
+
+
+def _choose_code(recipe: AnyTraining, task: Task, world: World) -> None:
+    """Choose among the ways in which a network computes the same."""
+    model = task.objective.model
+    if task.inputs.fused:
+        fuse_batch_norm(model)
+        fuse_selective_kernels(model)
+    memory = fitting_memory(recipe, task.objective, views=task.views, world=world)
+    save_memory(model, memory)
 
 
 def _newest(run: RunDirectory, world: World) -> Checkpoint | None:
@@ -178,12 +186,15 @@ def _explained_memory(recipe: AnyTraining, plan: Plan) -> Iterator[None]:
         ) from error
 
 
-def _optimizer_maker(recipe: AnyTraining, model: SimCLR, plan: Plan) -> MakeOptimizer:
+def _optimizer_maker(
+    recipe: AnyTraining, model: SimCLR, plan: Plan, *, fused: bool
+) -> MakeOptimizer:
     return partial(
         build_optimizer,
         recipe.optimizer,
         kinds=parameter_kind(model),
         learning_rate=plan.peak_learning_rate,
+        fused=fused,
     )
 
 
@@ -202,6 +213,7 @@ def _assemble(
         loader=loader,
         make_views=task.inputs.views,
         strategy=strategy,
+        graph=_graph(recipe, task, plan, strategy),
         world=task.inputs.world,
         evaluate=task.evaluate,
         intervals=Intervals(
@@ -224,6 +236,28 @@ def _assemble(
             "micro_batch": plan.micro_batch,
         },
     )
+
+
+def _graph(
+    recipe: AnyTraining, task: Task, plan: Plan, strategy: Strategy
+) -> GraphedGradients | None:
+    """Return what records updates, where a recipe asks for it.
+
+    Raises:
+        RecipeError: this run cannot be recorded.
+    """
+    if not recipe.parallel.cuda_graph:
+        return None
+    if task.inputs.world.device.type != "cuda":
+        raise RecipeError("parallel.cuda_graph: this run computes on a CPU; use false")
+    if plan.update != "direct":
+        raise RecipeError(
+            f"parallel.cuda_graph: a {plan.update} update makes passes of several shapes; use "
+            "false, or batch.micro_batch=null"
+        )
+    if isinstance(recipe, PretrainRecipe) and recipe.loss.queue is not None:
+        raise RecipeError("parallel.cuda_graph: a queue that fills changes its shape; use false")
+    return GraphedGradients(task.objective, strategy)
 
 
 def _headline(plan: Plan) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigsimclr.engine.probe import find_micro_batch
+from bigsimclr.engine.probe import find_memory, find_micro_batch
 from bigsimclr.errors import RecipeError
 from bigsimclr.world import ALONE, World
 from tests.distributed.ranks import on_ranks
@@ -127,3 +127,35 @@ def test_all_ranks_refuse_where_one_has_no_room() -> None:
     for said, _ in answers:
         assert isinstance(said, str)
         assert "of 8 images per rank not even 2 fit at once" in said
+
+
+NEEDED = {"none": 100, "selective": 40, "block": 10}
+
+
+@pytest.mark.parametrize(
+    ("room", "found", "tried"),
+    [
+        (100, "none", ["none"]),
+        (99, "selective", ["none", "selective"]),
+        (39, "block", ["none", "selective"]),
+        (1, "block", ["none", "selective"]),
+    ],
+)
+def test_the_first_way_to_save_memory_that_fits(room: int, found: str, tried: list[str]) -> None:
+    memory, ways = Memory(room), []
+
+    def attempt(way: str) -> None:
+        ways.append(way)
+        memory(NEEDED[way])
+
+    assert find_memory(attempt, ALONE) == found
+    assert ways == tried
+
+
+def way_on(world: World) -> str:
+    memory = Memory(room=50 if world.rank == 1 else 500)
+    return find_memory(lambda way: memory(NEEDED[way]), world)
+
+
+def test_ranks_save_memory_alike() -> None:
+    assert on_ranks(3, way_on) == ["selective"] * 3

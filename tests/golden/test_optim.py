@@ -17,6 +17,7 @@ from tests.golden.paths import golden_dir
 FOLDER = golden_dir() / "optim"
 LARS_CASES = json.loads((FOLDER / "lars.json").read_text())
 SCHEDULES = json.loads((FOLDER / "schedule.json").read_text())
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.golden
 
@@ -40,7 +41,7 @@ def named_by(name, patterns):
     return any(re.search(pattern, name) for pattern in patterns or [])
 
 
-def lars_of(variant, parameters):
+def lars_of(variant, parameters, *, fused):
     undecayed = variant["exclude_from_weight_decay"]
     unadapted = variant["exclude_from_layer_adaptation"]
     groups = [
@@ -59,28 +60,33 @@ def lars_of(variant, parameters):
         trust_coefficient=variant["eeta"],
         nesterov=variant["nesterov"],
         classic=variant["classic"],
+        fused=fused,
     )
 
 
+@pytest.mark.parametrize(
+    "fused", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "fused"]
+)
 @pytest.mark.parametrize("number", sorted(LARS_CASES["variants"]))
-def test_lars(lars_values, number):
+def test_lars(lars_values, number, fused):
     parameters = {
-        name: Parameter(lars_values[f"param0/{name}"].clone()) for name in LARS_CASES["params"]
+        name: Parameter(lars_values[f"param0/{name}"].to(DEVICE, copy=True))
+        for name in LARS_CASES["params"]
     }
-    optimizer = lars_of(LARS_CASES["variants"][number], parameters)
+    optimizer = lars_of(LARS_CASES["variants"][number], parameters, fused=fused)
     for step, rate in enumerate(lars_values[f"{number}/lrs"].tolist()):
         set_learning_rate(optimizer, rate)
         for name, parameter in parameters.items():
-            parameter.grad = lars_values[f"grads/{name}"][step].clone()
+            parameter.grad = lars_values[f"grads/{name}"][step].to(DEVICE, copy=True)
         optimizer.step()
         for name, parameter in parameters.items():
             expected = lars_values[f"{number}/traj/{name}"][step]
             limit = 2e-6 * float(expected.abs().max())
-            torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=limit)
+            torch.testing.assert_close(parameter.detach().cpu(), expected, rtol=0, atol=limit)
     for name, momentum in optimizer_state(optimizer).items():
         expected = lars_values[f"{number}/momentum_final/{name.removeprefix('momentum/')}"]
         limit = 5e-6 * float(expected.abs().max())
-        torch.testing.assert_close(momentum, expected, rtol=0, atol=limit)
+        torch.testing.assert_close(momentum.cpu(), expected, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("official", ["momentum", "adam"])

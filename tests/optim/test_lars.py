@@ -11,9 +11,8 @@ DECAY = 0.01
 TRUST = 0.02
 
 
-def tensors(seed):
+def tensors(seed, shapes=((4, 3, 2, 2), (5, 4), (4,))):
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(4, 3, 2, 2), (5, 4), (4,)]
     return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
@@ -69,6 +68,42 @@ def test_update(adapt, classic, nesterov, momentum):
     found = by_lars(tensors(1), **settings)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=1e-15)
+
+
+def in_layouts(tensor):
+    """The same values with other strides: dense, dense in another order, and with gaps."""
+    spaced = torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)[..., 0]
+    other = torch.empty_like(tensor, memory_format=torch.channels_last)
+    return [tensor.clone(), other.copy_(tensor), spaced.copy_(tensor)]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_size_and_memory_layout_do_not_matter(nesterov):
+    shapes = [(64, 40, 9, 9), (5, 4, 3, 3)]  # the first is taken in several pieces
+    for weight, gradient in zip(tensors(1, shapes), tensors(2, shapes), strict=True):
+        slope = gradient + DECAY * weight
+        step = 0.5 * TRUST * weight.norm() / slope.norm() * slope
+        expected = weight - (1.9 * step if nesterov else step)
+        for number in range(9):
+            parameter = Parameter(in_layouts(weight)[number // 3])
+            parameter.grad = in_layouts(gradient)[number % 3]
+            LARS(
+                [{"params": [parameter], "weight_decay": DECAY}],
+                learning_rate=0.5,
+                trust_coefficient=TRUST,
+                nesterov=nesterov,
+            ).step()
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_float32_norms_of_large_parameters_are_exact():
+    weight, gradient = (tensor.abs().float() for tensor in tensors(1, [(2_359_296,)] * 2))
+    trust = 1e-3 * float(weight.double().norm() / gradient.double().norm())
+    parameter = Parameter(weight.clone())
+    parameter.grad = gradient
+    LARS([parameter], learning_rate=1000.0).step()
+    expected = weight.double() - 1000.0 * trust * gradient.double()
+    torch.testing.assert_close(parameter.detach().double(), expected, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize(("weight", "gradient"), [(0.0, 2.0), (3.0, 0.0), (0.0, 0.0)])

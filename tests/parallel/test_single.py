@@ -1,17 +1,20 @@
 """The finite check and the fp16 loss scale of a single process."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from bigsimclr.errors import NumericsError
 from bigsimclr.models import Architecture, build_model
-from bigsimclr.models.simclr import SimCLR
+from bigsimclr.models.layers import Convolution, Dense
+from bigsimclr.models.simclr import SimCLR, parameter_kind
+from bigsimclr.optim import build_optimizer
 from bigsimclr.parallel import build_strategy
 from bigsimclr.parallel.precision import Precision
 from bigsimclr.parallel.single import Single
-from bigsimclr.recipe.sections import ResNetBackbone
+from bigsimclr.recipe.sections import Lars, ResNetBackbone
 from bigsimclr.recipe.strategies import ParallelSection
 from bigsimclr.world import ALONE
 
@@ -88,3 +91,40 @@ def test_the_gpu_reports_a_non_finite_gradient_with_the_next_update() -> None:
 def test_one_rank_shares_nothing(name: str) -> None:
     section = ParallelSection(strategy=name, device="cpu")
     assert isinstance(build_strategy(section, ALONE), Single)
+
+
+def updates(precision: str, *, rounds_weights: bool) -> list[torch.Tensor]:
+    """Weights after three updates in 16 bits, with and without copies to work with."""
+    backbone = ResNetBackbone(depth=10, width=1 / 16, stem="cifar")
+    model = build_model(Architecture(backbone, None, 3, 0), seed=0)
+    strategy = Single(Precision(torch.device("cpu"), precision))
+    lars = Lars(kind="lars", learning_rate=0.1, rate_scaling="none")
+    make = partial(build_optimizer, lars, kinds=parameter_kind(model), learning_rate=0.1)
+    strategy.prepare(model, make)
+    # Copies must follow what is loaded, too.
+    saved = {name: tensor.clone() for name, tensor in next(iter(strategy.whole())).items()}
+    moments = strategy.optimizer_part(lambda *_: True)
+    for factor in (1.5, 1.0):
+        strategy.load({name: tensor * factor for name, tensor in saved.items()}, moments)
+    if not rounds_weights:
+        for module in model.modules():
+            if isinstance(module, Convolution | Dense):
+                module.working = None
+        strategy.refresh = lambda: None
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        images = torch.rand(4, 3, 8, 8, generator=generator)
+        with strategy.compute():
+            logits = model(images).logits
+        assert logits is not None
+        strategy.backward(1e-3 * (logits.float() - 1).square().mean())
+        assert not strategy.update().skipped
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_working_copies_are_those_of_autocast(precision: str) -> None:
+    ours, theirs = (updates(precision, rounds_weights=rounds) for rounds in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    exact = prepared("fp32")[1]
+    assert not any(m.working is not None for m in exact.modules() if isinstance(m, Convolution))

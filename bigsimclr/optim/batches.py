@@ -1,0 +1,68 @@
+"""An optimizer's tensors in batches whose intermediate results stay small.
+
+On a CPU a batch stays in the caches while operation after operation passes over it, and memory is
+read once for all of them. On a GPU a batch bounds the memory that intermediate results take.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+# For each thread: 1 MB of three tensors and a result, half of a recent core's second cache. Half as
+# much costs 10% of an update, as operations on small pieces do not pay for their calls.
+_CPU_ELEMENTS: Final = 2**16
+_GPU_ELEMENTS: Final = 2**26
+_LAYOUTS: Final = (torch.contiguous_format, torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Parameters, or pieces of them, with their gradients and momenta."""
+
+    is_flat: bool  # on a CPU, each [n] without gaps
+    owners: list[int] = field(default_factory=list)  # number of the parameter of each
+    weights: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    momenta: list[Tensor] = field(default_factory=list)
+
+
+def in_batches(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], momenta: Sequence[Tensor]
+) -> list[Batch]:
+    """Put parameters into batches in their order, on a CPU those that are large in pieces.
+
+    Args:
+        weights: of any shapes, on one device.
+        gradients: one for each weight, of its shape and type.
+        momenta: one for each weight, of its shape and type.
+    """
+    on_cpu = weights[0].device.type == "cpu"
+    most = _CPU_ELEMENTS * torch.get_num_threads() if on_cpu else _GPU_ELEMENTS
+    batches: list[Batch] = []
+    held = 0
+    for owner, tensors in enumerate(zip(weights, gradients, momenta, strict=True)):
+        pieces = _pieces(tensors, most) if on_cpu else []
+        for weight, gradient, momentum in pieces or [tensors]:
+            held += weight.numel()
+            if not batches or held > most or batches[-1].is_flat != bool(pieces):
+                batches.append(Batch(is_flat=bool(pieces)))
+                held = weight.numel()
+            batch = batches[-1]
+            batch.owners.append(owner)
+            batch.weights.append(weight)
+            batch.gradients.append(gradient)
+            batch.momenta.append(momentum)
+    return batches
+
+
+def _pieces(tensors: Sequence[Tensor], most: int) -> list[tuple[Tensor, ...]]:
+    """Cut tensors in the order of their memory, if that is the same in all; else return nothing."""
+    size = tensors[0].numel()
+    for layout in _LAYOUTS:
+        if all(tensor.is_contiguous(memory_format=layout) for tensor in tensors):
+            flat = (tensor.as_strided((size,), (1,)) for tensor in tensors)
+            return list(zip(*(tensor.split(most) for tensor in flat), strict=True))
+    return []
