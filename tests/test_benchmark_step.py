@@ -158,6 +158,8 @@ def test_the_strong_baseline_updates_as_we_do() -> None:
 def options(**changed: object) -> Namespace:
     given: dict[str, object] = {
         "kernels": "plain",
+        "memory": "none",
+        "cuda_graph": False,
         "eager": True,
         "rounds": 2,
         "steps": 1,
