@@ -60,9 +60,7 @@ STEPS: Final = (
     benchmark(60, "select", "--rounds", "5"),
     benchmark(60, "step", *GRAPH, result="step-graph"),
     benchmark(200, "step", *R152, result="step-r152-3x-sk"),
-    benchmark(
-        90, "step", "--model", "r152-3x-sk", "--batch", "128", *SELECTIVE, result="step-selective"
-    ),
+    benchmark(90, "step", *SELECTIVE, result="step-selective"),
 )
 
 
