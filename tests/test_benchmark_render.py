@@ -53,13 +53,12 @@ def test_page_has_the_figures_of_the_loss() -> None:
         assert str(row["memory_over"]["solo"]) in cells
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_what_is_said_of_the_chunked_loss_holds(threads: int) -> None:
-    where = (4096, threads, "chunked")
+def test_what_is_said_of_the_chunked_loss_holds() -> None:
+    # Of one thread, whose time is that of the processor.
     (row,) = (
         row
         for row in _result("loss.json")["results"]
-        if (row["pairs"], row["threads"], row["method"]) == where
+        if (row["pairs"], row["threads"], row["method"]) == (4096, 1, "chunked")
     )
     assert row["time_over"]["lightly"] < 1 / 4
     assert row["memory_over"]["lightly"] < 1 / 20
