@@ -42,6 +42,10 @@ R50: Final = ("--model", "r50-1x", "--batch", "256", "--rounds", "3", "--steps",
 # To compile its strong baseline, or to build all four, would take minutes of the nine.
 R152: Final = ("--model", "r152-3x-sk", "--batch", "64", "--rounds", "2", "--steps", "2",
                "--methods", "ours", "strong", "--eager")  # fmt: skip
+SELECTIVE: Final = ("--model", "r152-3x-sk", "--batch", "128", "--memory", "selective",
+                    "--rounds", "2", "--steps", "2", "--methods", "ours")  # fmt: skip
+GRAPH: Final = ("--model", "r50-1x", "--batch", "64", "--cuda-graph",
+                "--rounds", "3", "--steps", "10", "--methods", "ours")  # fmt: skip
 # The limits together are more than there is, because few steps need theirs; what matters most
 # comes first, and the largest network has what is left.
 STEPS: Final = (
@@ -54,7 +58,9 @@ STEPS: Final = (
     benchmark(40, "augment", "--rounds", "7"),
     benchmark(60, "norm_act", "--rounds", "10"),
     benchmark(60, "select", "--rounds", "5"),
-    benchmark(240, "step", *R152, result="step-r152-3x-sk"),
+    benchmark(60, "step", *GRAPH, result="step-graph"),
+    benchmark(200, "step", *R152, result="step-r152-3x-sk"),
+    benchmark(90, "step", *SELECTIVE, result="step-selective"),
 )
 
 

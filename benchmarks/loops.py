@@ -35,11 +35,16 @@ from benchmarks.plain_network import plain_network
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.draws import centre_draws
 from bigsimclr.data.loader import Batch
-from bigsimclr.engine.step import compute_gradients
-from bigsimclr.kernels import Choice
+from bigsimclr.engine.graph import GraphedGradients
+from bigsimclr.engine.step import direct_gradients
+from bigsimclr.kernels import Choice, uses_triton
 from bigsimclr.losses import build_loss
 from bigsimclr.models import build_model
+from bigsimclr.models.anatomy import Memory
 from bigsimclr.models.cost import Precision
+from bigsimclr.models.memory import save_memory
+from bigsimclr.models.norm import fuse_batch_norm
+from bigsimclr.models.selective import fuse_selective_kernels
 from bigsimclr.models.simclr import parameter_kind
 from bigsimclr.optim import build_optimizer
 from bigsimclr.optim.tensors import tensors_of
@@ -108,24 +113,35 @@ def precision_of(method: MethodName, device: torch.device) -> Precision:
     return "bf16" if method in ("ours", "strong") else "fp16"
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How our step is computed, as the keys of a recipe's section `parallel` say."""
+
+    kernels: Choice
+    memory: Memory
+    cuda_graph: bool
+
+
 class OurLoop:
     """The step of our training stages."""
 
-    def __init__(self, case: Case, views: Tensor, world: World, *, kernels: Choice) -> None:
+    def __init__(self, case: Case, views: Tensor, world: World, ways: Ways) -> None:
         architecture = network(case.model)
         assert architecture.head is not None
         model = build_model(architecture, seed=SEED)
+        fused = uses_triton(ways.kernels, world.device)
+        if fused:
+            fuse_batch_norm(model)
+            fuse_selective_kernels(model)
+        save_memory(model, ways.memory)
         self._objective = Contrast(
             model,
-            build_loss(NtXentLoss(temperature=TEMPERATURE), world),
+            build_loss(NtXentLoss(temperature=TEMPERATURE), world, fused=fused),
             width=architecture.head.output_width,
             queue=None,
             world=world,
         )
-        parallel = ParallelSection(
-            precision=precision_of("ours", world.device),
-            kernels=kernels,
-        )
+        parallel = ParallelSection(precision=precision_of("ours", world.device))
         self._strategy = build_strategy(parallel, world)
         section = Lars(
             kind="lars",
@@ -136,22 +152,22 @@ class OurLoop:
         )
         kinds = parameter_kind(model)
         self._strategy.prepare(
-            model, partial(build_optimizer, section, kinds=kinds, learning_rate=LEARNING_RATE)
+            model,
+            partial(
+                build_optimizer, section, kinds=kinds, learning_rate=LEARNING_RATE, fused=fused
+            ),
         )
+        self._graph = GraphedGradients(self._objective, self._strategy) if ways.cuda_graph else None
         self._batch = _stand_in(case)
         self._views = views
 
     def step(self) -> Tensor:
         """Make one update as the training loop does."""
         self._strategy.set_learning_rate(LEARNING_RATE)
-        losses = compute_gradients(
-            self._objective,
-            self._batch,
-            how="direct",
-            micro_batch=len(self._batch),
-            make_views=lambda _: self._views,
-            strategy=self._strategy,
-        )
+        if self._graph is not None:
+            losses = self._graph(self._views, self._batch)
+        else:
+            losses = direct_gradients(self._objective, self._batch, self._views, self._strategy)
         self._strategy.update()
         return losses.total.detach()
 
@@ -291,13 +307,13 @@ def build_loop(
     views: Views,
     world: World,
     *,
-    kernels: Choice,
+    ways: Ways,  # of ours
     compiled: bool,  # the strong baseline
 ) -> Loop:
     """Make one way to train."""
     match method:
         case "ours":
-            return OurLoop(case, views.channels_last, world, kernels=kernels)
+            return OurLoop(case, views.channels_last, world, ways)
         case "strong":
             return StrongLoop(case, views.channels_last, compiled=compiled)
         case "lightly":

@@ -43,6 +43,7 @@ from benchmarks.loops import (
     Loop,
     MethodName,
     Views,
+    Ways,
     build_loop,
     precision_of,
     views_of,
@@ -52,6 +53,7 @@ from benchmarks.networks import network
 from bigsimclr.kernels import Choice
 from bigsimclr.losses.nt_xent import nt_xent
 from bigsimclr.models import build_model
+from bigsimclr.models.anatomy import Memory
 from bigsimclr.stages.run_directory import environment, source_commit
 from bigsimclr.world import ALONE, World, use_device
 
@@ -95,9 +97,8 @@ def enter(
     """Build a method and let it make its first steps; None if it runs out of memory."""
     before = _allocated(world.device)
     try:
-        loop = build_loop(
-            method, case, views, world, kernels=options.kernels, compiled=not options.eager
-        )
+        ways = Ways(options.kernels, options.memory, options.cuda_graph)
+        loop = build_loop(method, case, views, world, ways=ways, compiled=not options.eager)
         losses = [float(loop.step()) for _ in range(WARM_STEPS)]
     except torch.OutOfMemoryError:
         return None
@@ -252,6 +253,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=installed(METHODS))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--kernels", choices=get_args(Choice), default="auto", help="of ours")
+    parser.add_argument("--memory", choices=get_args(Memory), default="none", help="of ours")
+    parser.add_argument("--cuda-graph", action="store_true", help="record ours")
     parser.add_argument("--eager", action="store_true", help="do not compile the strong baseline")
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the findings")
     options = parser.parse_args()
@@ -267,6 +270,8 @@ def main() -> None:
             "steps": options.steps,
             "clock": _clock(world.device).__name__,
             "kernels": options.kernels,
+            "memory": options.memory,
+            "cuda_graph": options.cuda_graph,
             "strong_is_compiled": not options.eager,
         },
         "cases": [

@@ -19,6 +19,7 @@ from benchmarks.loops import (
     ForeachLars,
     OurLoop,
     StrongLoop,
+    Ways,
     build_loop,
     dense_nt_xent,
     views_of,
@@ -33,6 +34,7 @@ from bigsimclr.optim import LARS
 from bigsimclr.world import ALONE
 
 CPU = torch.device("cpu")
+PLAIN = Ways("plain", "none", cuda_graph=False)
 TINY = Case("r10-0.125x-cifar", batch=6, size=8)
 HAS_LIGHTLY = find_spec("lightly") is not None
 needs_lightly = pytest.mark.skipif(not HAS_LIGHTLY, reason="lightly is not installed")
@@ -156,6 +158,8 @@ def test_the_strong_baseline_updates_as_we_do() -> None:
 def options(**changed: object) -> Namespace:
     given: dict[str, object] = {
         "kernels": "plain",
+        "memory": "none",
+        "cuda_graph": False,
         "eager": True,
         "rounds": 2,
         "steps": 1,
@@ -185,7 +189,7 @@ def test_a_race_on_a_tiny_network() -> None:
 
 def test_our_loop_trains() -> None:
     views = views_of(TINY, CPU)
-    loop = build_loop("ours", TINY, views, ALONE, kernels="plain", compiled=False)
+    loop = build_loop("ours", TINY, views, ALONE, ways=PLAIN, compiled=False)
     assert isinstance(loop, OurLoop)
     losses = [float(loop.step()) for _ in range(8)]
     assert losses[0] == pytest.approx(reference_losses(TINY, views.channels_last)["one_pass"])

@@ -284,7 +284,9 @@ def everything(world: World) -> Everything:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.fixture(
+    scope="module", params=[2, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 4))]
+)
 def ranks(request: pytest.FixtureRequest) -> list[Everything]:
     return on_ranks(request.param, everything, seconds=SECONDS)
 

@@ -19,8 +19,8 @@ from bigsimclr.recipe.sections import Lars, Sgd
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RATES = [0.0, 0.5, 0.5, 0.3]
 TRUST = 0.02
-TOLERANCE = 1e-6
-"""Of the largest value of a tensor; 3e-7 was measured, five roundings of float32."""
+TOLERANCE = 2e-6
+"""Of the largest value of a tensor, which may be its only one: there 7e-7 was measured."""
 
 GROUPS = [
     {"weight_decay": 0.01, "adapt": True},

@@ -55,7 +55,7 @@ def state_after(model: nn.Module, inputs: Tensor, upstream: Tensor | None = None
 
 
 @pytest.mark.parametrize(
-    ("features", "stride", "number", "side"), [(10, 1, 6, 9), (35, 2, 4, 9), (64, 2, 5, 13)]
+    ("features", "stride", "number", "side"), [(10, 1, 24, 9), (35, 2, 16, 9), (64, 2, 16, 13)]
 )
 def test_the_module(features: int, stride: int, number: int, side: int) -> None:
     inputs = images(number, side)
@@ -67,8 +67,9 @@ def test_the_module(features: int, stride: int, number: int, side: int) -> None:
     wrong = errors(state_after(fast, inputs), expected)
     reference = errors(state_after(single, inputs), expected)
     print({name: (error, reference[name]) for name, error in wrong.items()})
-    # The norm over a few images of the little network strengthens errors, in float32 whatever code.
-    assert max(wrong.values()) < max(5e-6, 2 * max(reference.values()))
+    # The norm over the images of the little network strengthens errors, in float32 whatever code:
+    # with 24 of them to 8e-6, with six to 1e-4.
+    assert max(*wrong.values(), *reference.values()) < 2e-5
     for name in ("outputs", "bn.running_mean", "bn.running_var"):
         assert wrong[name] < 1e-6, name
 
