@@ -55,7 +55,7 @@ from bigsimclr.losses.nt_xent import nt_xent
 from bigsimclr.models import build_model
 from bigsimclr.models.anatomy import Memory
 from bigsimclr.stages.run_directory import environment, source_commit
-from bigsimclr.world import ALONE, World, use_device
+from bigsimclr.world import ALONE, World, keep_freed_memory, use_device
 
 METHODS: Final[tuple[MethodName, ...]] = get_args(MethodName)
 TWO_PASSES: Final = ("lightly", "solo")
@@ -259,6 +259,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the findings")
     options = parser.parse_args()
     where = {**environment(), **machine()}  # before the machine is busy with this
+    keep_freed_memory()  # of all methods alike: they share this process
     world = use_device(ALONE, options.device)
     result = {
         "command": " ".join(["python", "-m", "benchmarks.step", *sys.argv[1:]]),

@@ -52,7 +52,9 @@ def run(
             raise typer.Exit(run_ranks(ranks, [*words, *place, *options]))
 
     from bigsimclr.stages import run_recipe
+    from bigsimclr.world import keep_freed_memory
 
+    keep_freed_memory()
     run_recipe(
         loaded,
         name=run_name(recipe),

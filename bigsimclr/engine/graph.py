@@ -5,6 +5,7 @@ the GPU. A graph is recorded once and replayed with one launch; shapes must not 
 inside may wait for the host. What a strategy does with gradients, and the optimizer, stay outside.
 """
 
+import gc
 from dataclasses import replace
 from typing import Final
 
@@ -48,6 +49,15 @@ class GraphedGradients:
             self._recorded = _Recorded(self._objective, self._strategy, views, batch)
         return self._recorded.replay(views, batch)
 
+    def __enter__(self) -> "GraphedGradients":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let go of the graph; before the processes leave each other, which waits for graphs."""
+        if self._recorded is not None:
+            self._recorded.close()
+            self._recorded = None
+
 
 class _Recorded:
     """A graph with the memory that it reads and writes."""
@@ -61,6 +71,7 @@ class _Recorded:
         batch = replace(batch, labels=self._labels)
         parameters = [p for p in objective.model.parameters() if p.requires_grad]
         _warm_up(objective, strategy, self._views, batch, parameters)
+        gc.collect()  # autograd graphs in cycles would tie the recording to their streams
         self._graph = torch.cuda.CUDAGraph()
         # Other threads, such as that which watches collectives, may use the device meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
@@ -68,6 +79,10 @@ class _Recorded:
         self._losses = Losses(losses.total.detach(), losses.metrics)
         self._gradients = [(p, p.grad) for p in parameters if p.grad is not None]
         self._nothing = torch.zeros((), device=views.device, requires_grad=True)
+
+    def close(self) -> None:
+        """Forget the graph, and with it the collectives that it holds."""
+        self._graph.reset()
 
     def replay(self, views: Tensor, batch: Batch) -> Losses:
         """Run the graph on other images."""

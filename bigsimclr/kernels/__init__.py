@@ -6,6 +6,7 @@ same. Which of the two runs is decided once for a run, by `uses_triton`.
 
 import logging
 from importlib.util import find_spec
+from shutil import which
 from typing import Final, Literal
 
 import torch
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 Choice = Literal["auto", "plain", "triton"]
 
+_OLDEST: Final = (8, 0)
+"""Compute capability from which on a GPU multiplies bfloat16."""
 WIDEST_PROJECTION: Final = 512
 """Values of a projection that NT-Xent's kernels hold."""
 
@@ -57,6 +60,12 @@ def _missing(device: torch.device) -> str:
     """Say what the kernels lack on this device; nothing if they run."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    if device.type == "cuda" or is_interpreted():
+    if is_interpreted():
         return ""
-    return "there is no GPU"
+    if device.type != "cuda":
+        return "there is no GPU"
+    if torch.cuda.get_device_capability(device) < _OLDEST:
+        return "the GPU is older than compute capability 8.0"
+    if not any(which(name) for name in ("cc", "gcc", "clang")):
+        return "there is no C compiler, which Triton starts its kernels with"
+    return ""

@@ -29,6 +29,8 @@ LOWEST_FIXED: Final = 0.025
 """Temperature down to which exp(-2 / T) and sums of it are normal float32 numbers."""
 BAND: Final = 64
 """Row tiles of one symmetric launch; bounds the memory of the column sums."""
+SMALL: Final = 8192
+"""Rows below which tiles of 64 would leave multiprocessors of an H100 without one."""
 PROGRAMS: Final = 264
 """Two for each multiprocessor of an H100: what a launch should have at least."""
 
@@ -52,11 +54,13 @@ def sum_tiles(width: int, *, split: bool) -> Tiles:
     return Tiles(32, 32, 4, 2) if split else Tiles(64, 64, 8, 2)
 
 
-def slope_tiles(width: int, *, split: bool) -> Tiles:
-    """Choose tiles for the gradient, whose rows stay in registers; none spills."""
+def slope_tiles(width: int, rows: int, *, split: bool) -> Tiles:
+    """Choose tiles for the gradient of some rows, which stay in registers; none spills."""
+    if width <= 128 and rows < SMALL:
+        return Tiles(16, 32 if split else 64, 4, 2)
     if width <= 128:
         return Tiles(64, 32 if split else 64, 8, 2)
-    return Tiles(16, 16, 8, 1) if split else Tiles(16, 32, 8, 1)
+    return Tiles(16, 32, 8, 1)
 
 
 def fused_nt_xent(
@@ -154,7 +158,7 @@ class _Fused(Function):
         temperature, scale, online, split, position = ctx.settings  # type: ignore[attr-defined]
         (pairs, values), width = first.shape, units.shape[1]
         slopes = [view.new_empty(view.shape) for view in (first, second)]
-        tiles = slope_tiles(width, split=split)
+        tiles = slope_tiles(width, 2 * pairs, split=split)
         slope[(2 * triton.cdiv(pairs, tiles.rows),)](
             units, rests, columns, column_rests, queue, queue_rests,
             weights, shares, tops, all_shares, all_tops,

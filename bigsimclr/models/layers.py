@@ -69,6 +69,11 @@ class WorkingWeights:
         self._layers = layers
         self.refresh()
 
+    @property
+    def copies(self) -> dict[Tensor, Tensor]:
+        """Return the copies by their weights."""
+        return {layer.weight: layer.working for layer in self._layers if layer.working is not None}
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Round again what has changed; comes after every change of the weights."""

@@ -92,7 +92,7 @@ def _contexts(
     notes = [(norm, Note()) for norm in inside if isinstance(norm, BatchNorm)]
     if not keeps_convolutions:
         return _noting(notes), _noting(notes)
-    kept: deque[Tensor] = deque()
+    kept: deque[Tensor | None] = deque()
     return (
         _within(_noting(notes), _KeepConvolutions(kept, all_but_last=repeats_last)),
         _within(_noting(notes), _TakeConvolutions(kept)),
@@ -121,12 +121,12 @@ def _within(outer: _Context, inner: _Context) -> Iterator[None]:
 
 
 class _KeepConvolutions(TorchDispatchMode):
-    """Keeps what convolutions return, in their order."""
+    """Keeps what convolutions return, in their order; None for a last one that is made again."""
 
-    def __init__(self, kept: deque[Tensor], *, all_but_last: bool) -> None:
+    def __init__(self, kept: deque[Tensor | None], *, all_but_last: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kept = kept
-        self._newest: deque[Tensor] = deque() if all_but_last else kept
+        self._all_but_last = all_but_last
 
     @override
     def __torch_dispatch__(
@@ -138,25 +138,21 @@ class _KeepConvolutions(TorchDispatchMode):
     ) -> object:
         outputs = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default and isinstance(outputs, Tensor):
-            # Which is the last one is known once another came after it.
-            if self._newest is not self._kept:
-                self._kept.extend(self._newest)
-                self._newest.clear()
             # The tensor itself will know the graph, which will know this object.
-            self._newest.append(outputs.detach())
+            self._kept.append(outputs.detach())
         return outputs
 
     @override
     def __exit__(self, *error: object) -> None:
-        if self._newest is not self._kept:
-            self._newest.clear()
+        if self._all_but_last and self._kept:
+            self._kept[-1] = None
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
 
 class _TakeConvolutions(TorchDispatchMode):
     """Returns what was kept instead of convolving again; each result is let go when it is taken."""
 
-    def __init__(self, kept: deque[Tensor]) -> None:
+    def __init__(self, kept: deque[Tensor | None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kept = kept
 
@@ -168,6 +164,8 @@ class _TakeConvolutions(TorchDispatchMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        if func is torch.ops.aten.convolution.default and self._kept:
-            return self._kept.popleft()
+        if func is torch.ops.aten.convolution.default:
+            outputs = self._kept.popleft()
+            if outputs is not None:
+                return outputs
         return func(*args, **(kwargs or {}))

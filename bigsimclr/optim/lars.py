@@ -7,7 +7,7 @@ changes, that is at every step of a schedule.
 Source: google-research/simclr lars_optimizer.py, tf2/lars_optimizer.py; arXiv 1708.03888.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -43,9 +43,9 @@ class LARS(Optimizer):
         classic: Momentum of the adapted updates (official default); False adapts the momentum.
         squared_norms: Replaces the local computation of squared norms.
         fused: Update all groups at once with `bigsimclr.kernels.lars_update`, which needs Triton,
-            where every parameter is float32. The rates `lr` then become tensors on the device,
-            which `bigsimclr.optim.set_learning_rate` fills, so that a step captured in a CUDA graph
-            follows them.
+            where every parameter is float32 and none is kept on the host. The rates `lr` then
+            become tensors on the device, which `bigsimclr.optim.set_learning_rate` fills, so that a
+            step captured in a CUDA graph follows them.
 
     Raises:
         ValueError: A setting is impossible.
@@ -76,7 +76,8 @@ class LARS(Optimizer):
         self.nesterov = nesterov
         self.classic = classic
         self._squared_norms = squared_norms
-        self._is_fused = fused and all(p.dtype == torch.float32 for p in self._parameters())
+        self._is_fused = fused and all(_suits_kernels(p) for p in self._parameters())
+        self._copies: Mapping[Tensor, Tensor] = {}
         self._settings: list[tuple[float, bool]] = []
         self._kernels: LarsUpdate | None = None  # for parameters of these settings
         for parameter in self._parameters():
@@ -142,7 +143,22 @@ class LARS(Optimizer):
             gradients=[parameter.grad for parameter in parameters],
             momenta=[self.state[parameter]["momentum"] for parameter in parameters],
             rates=[group["lr"] for group in groups],
+            working=[self._copies.get(parameter) for parameter in parameters],
         )
+
+    def writes_copies(self, copies: Mapping[Tensor, Tensor]) -> bool:
+        """Write bf16 copies of parameters in every step from now on, if the kernels can.
+
+        Args:
+            copies: by parameter, a tensor [...] of its shape and layout.
+
+        Returns:
+            Whether it does; else nothing changes.
+        """
+        if not self._is_fused or any(c.dtype != torch.bfloat16 for c in copies.values()):
+            return False
+        self._copies = dict(copies)
+        return True
 
     def _parameters(self) -> list[Tensor]:
         """Return all parameters."""
@@ -221,6 +237,12 @@ class LARS(Optimizer):
         weights, lengths = norms[:parameters], norms[parameters:]
         known = (weights > 0) & (lengths > 0)
         return torch.where(known, self.trust_coefficient * weights / lengths, 1.0)
+
+
+def _suits_kernels(parameter: Tensor) -> bool:
+    from bigsimclr.kernels import is_interpreted
+
+    return parameter.dtype == torch.float32 and (parameter.is_cuda or is_interpreted())
 
 
 def _slopes(batch: Batch, weight_decay: float) -> list[Tensor]:

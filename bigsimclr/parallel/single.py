@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bigsimclr.models.simclr import SimCLR
-from bigsimclr.optim import load_optimizer_state, optimizer_state, set_learning_rate
+from bigsimclr.optim import LARS, load_optimizer_state, optimizer_state, set_learning_rate
 from bigsimclr.optim.tensors import copy_tensors, tensors_of
 from bigsimclr.parallel import Choose, MakeOptimizer, Update
 from bigsimclr.parallel.precision import Precision
@@ -26,6 +26,7 @@ class Single:
         self._model: SimCLR | None = None
         self._optimizer: Optimizer | None = None
         self._working: WorkingWeights | None = None
+        self._is_followed = False  # the optimizer writes working copies itself
 
     @property
     def model(self) -> SimCLR:
@@ -46,6 +47,11 @@ class Single:
         self._model = model.to(self._precision.device)
         self._optimizer = make_optimizer(trained(model))
         self._working = self._precision.working_weights(self._model)
+        self._is_followed = (
+            self._working is not None
+            and isinstance(self._optimizer, LARS)
+            and self._optimizer.writes_copies(self._working.copies)
+        )
 
     def compute(self) -> AbstractContextManager[None]:
         """Run forward passes in the recipe's precision."""
@@ -77,7 +83,8 @@ class Single:
         verdict = self._precision.judge(norm)
         if not verdict.skipped:
             self.optimizer.step()
-            self.refresh()
+            if not self._is_followed:
+                self.refresh()
         for parameter in parameters:
             parameter.grad = None
         return verdict

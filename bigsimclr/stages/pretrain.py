@@ -3,6 +3,7 @@
 Source: Chen et al. 2020, section 2 and 3.1; google-research/simclr tf2/run.py, tf2/model.py.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -23,10 +24,12 @@ from bigsimclr.recipe.schema import PretrainRecipe
 from bigsimclr.recipe.sections import QueueSection
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.evaluate import neighbour_accuracy
-from bigsimclr.stages.inputs import open_inputs
+from bigsimclr.stages.inputs import Inputs, open_inputs
 from bigsimclr.stages.run_directory import ActiveRun
 from bigsimclr.stages.training import Task, plan_of, run_training
 from bigsimclr.world import World
+
+logger = logging.getLogger(__name__)
 
 
 class Contrast:
@@ -157,7 +160,7 @@ def pretrain(
             build_loss(
                 recipe.loss,
                 world,
-                fused=inputs.fused and recipe.head.output_width <= WIDEST_PROJECTION,
+                fused=_fuses_loss(recipe, inputs),
             ),
             width=recipe.head.output_width,
             queue=recipe.loss.queue,
@@ -176,3 +179,14 @@ def pretrain(
         recipe, task, world=world, run=run, progress=progress, stop=stop, title="pretrain"
     )
     return trained, task
+
+
+def _fuses_loss(recipe: PretrainRecipe, inputs: Inputs) -> bool:
+    """Say whether the loss is fused, and log where it alone is not."""
+    is_wide = recipe.head.output_width > WIDEST_PROJECTION
+    if inputs.fused and is_wide:
+        logger.warning(
+            "kernels: the loss is plain PyTorch, since head.output_width is over %d",
+            WIDEST_PROJECTION,
+        )
+    return inputs.fused and not is_wide

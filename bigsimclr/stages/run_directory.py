@@ -27,6 +27,7 @@ FREE_KEYS = (
     "parallel.reshard",
     "parallel.memory",
     "parallel.kernels",
+    "parallel.cuda_graph",
     "parallel.hang_seconds",
     "parallel.cpu_threads",
     "input.workers",

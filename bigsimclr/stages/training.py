@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -111,14 +111,10 @@ def run_training(
         progress.update(step, both)
 
     loader = task.inputs.loader(recipe, views=task.views)
+    assembled = _assemble(recipe, task, plan=plan, loader=loader, strategy=strategy, run=run)
     try:
-        with _explained_memory(recipe, plan):
-            return train(
-                _assemble(recipe, task, plan=plan, loader=loader, strategy=strategy, run=run),
-                resume=resume,
-                stop=stop,
-                report=report,
-            )
+        with _explained_memory(recipe, plan), assembled.graph or nullcontext():
+            return train(assembled, resume=resume, stop=stop, report=report)
     finally:
         if records is not None:
             directory.note_unreadable(loader.unreadable)
@@ -128,9 +124,12 @@ def run_training(
 def _choose_code(recipe: AnyTraining, task: Task, world: World) -> None:
     """Choose among the ways in which a network computes the same."""
     model = task.objective.model
+    world.check_same("kernels", str(task.inputs.fused))
     if task.inputs.fused:
         fuse_batch_norm(model)
-        fuse_selective_kernels(model)
+        # ZeRO-3 gathers a batch norm's parameters around its own forward pass, which is passed by.
+        if recipe.parallel.strategy != "deepspeed_zero3":
+            fuse_selective_kernels(model)
     memory = fitting_memory(recipe, task.objective, views=task.views, world=world)
     save_memory(model, memory)
 

@@ -128,3 +128,30 @@ def test_working_copies_are_those_of_autocast(precision: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     exact = prepared("fp32")[1]
     assert not any(m.working is not None for m in exact.modules() if isinstance(m, Convolution))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_working_copies_that_the_optimizer_writes(precision: str) -> None:
+    backbone = ResNetBackbone(depth=10, width=1 / 16, stem="cifar")
+    model = build_model(Architecture(backbone, None, 3, 0), seed=0)
+    strategy = Single(Precision(torch.device("cpu"), precision))
+    lars = Lars(kind="lars", learning_rate=0.1, rate_scaling="none")
+    kinds = parameter_kind(model)
+    strategy.prepare(
+        model, partial(build_optimizer, lars, kinds=kinds, learning_rate=0.1, fused=True)
+    )
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with strategy.compute():
+        logits = model(images).logits
+    assert logits is not None
+    strategy.backward(1e-3 * (logits.float() - 1).square().mean())
+    strategy.update()
+    assert not torch.equal(model.backbone.conv1.weight, before["backbone.conv1.weight"])
+    for module in model.modules():
+        if isinstance(module, Convolution | Dense):
+            assert module.working is not None
+            # The interpreter cuts bfloat16 off where a GPU rounds.
+            error = (module.working.float() - module.weight).abs()
+            assert (error <= 2**-7 * module.weight.abs() + 1e-9).all()

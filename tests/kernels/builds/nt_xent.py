@@ -32,8 +32,8 @@ def _sums(width: int, *, split: bool, symmetric: bool, online: bool, views: int)
     )
 
 
-def _slope(width: int, *, split: bool, online: bool, has_queue: bool) -> Build:
-    tiles = slope_tiles(width, split=split)
+def _slope(width: int, *, split: bool, online: bool, has_queue: bool, rows: int = 65536) -> Build:
+    tiles = slope_tiles(width, rows, split=split)
     halves = ["rows", "row_rests", "columns", "column_rests", "queue", "queue_rests"]
     singles = ["weights", "shares", "tops", "column_shares", "column_tops", "upstream"]
     views = ["first", "second", "first_slope", "second_slope"]
@@ -87,6 +87,10 @@ BUILDS = [
     ),
     _slope(128, split=False, online=True, has_queue=True),
     _slope(128, split=True, online=False, has_queue=True),
+    *(
+        _slope(width, split=split, online=split, has_queue=True, rows=1024)
+        for width, split in product((64, 128), (False, True))
+    ),
     _normalise(128, split=False),
     _normalise(512, split=True),
     *(
