@@ -55,6 +55,7 @@ STEPS: Final = (
     benchmark(90, "loss", "--rounds", "5"),
     benchmark(90, "step", *R50, result="step-r50-1x"),
     benchmark(70, "optimizer", "--rounds", "10"),
+    benchmark(40, "optimizer", "--model", "r152-3x-sk", "--rounds", "5", result="optimizer-r152"),
     benchmark(40, "augment", "--rounds", "7"),
     benchmark(60, "norm_act", "--rounds", "10"),
     benchmark(60, "select", "--rounds", "5"),
