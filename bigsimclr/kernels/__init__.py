@@ -33,17 +33,20 @@ def uses_triton(choice: Choice, device: torch.device) -> bool:
     Raises:
         MissingExtraError: they are ordered by name and cannot run here.
     """
+    if choice == "plain" or (choice == "auto" and device.type != "cuda"):
+        logger.info("kernels: plain PyTorch")
+        return False
     missing = _missing(device)
     if choice == "triton" and missing:
         raise MissingExtraError(
             f"parallel.kernels: triton cannot run here: {missing}; parallel.kernels=auto takes "
             "what can"
         )
-    # Its interpreter is for tests: slower than plain PyTorch by orders of magnitude.
-    is_fused = not missing and (choice == "triton" or (choice == "auto" and device.type == "cuda"))
-    reason = f" ({missing})" if missing and choice == "auto" else ""
-    logger.info("kernels: %s%s", "fused, in Triton" if is_fused else "plain PyTorch", reason)
-    return is_fused
+    if missing:
+        logger.warning("kernels: plain PyTorch, since %s", missing)
+    else:
+        logger.info("kernels: fused, in Triton")
+    return not missing
 
 
 def is_interpreted() -> bool:
