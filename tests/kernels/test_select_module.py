@@ -67,9 +67,11 @@ def test_the_module(features: int, stride: int, number: int, side: int) -> None:
     wrong = errors(state_after(fast, inputs), expected)
     reference = errors(state_after(single, inputs), expected)
     print({name: (error, reference[name]) for name, error in wrong.items()})
-    # The norm over the images of the little network strengthens errors, in float32 whatever code:
-    # with 24 of them to 8e-6, with six to 1e-4.
-    assert max(*wrong.values(), *reference.values()) < 2e-5
+    # The little network's norm takes away most of this gradient: what is left carries the rounding
+    # of what cancelled, in plain float32 as well.
+    cancelled = wrong.pop("gradient of reduce.weight")
+    assert cancelled < 2e-4
+    assert max(wrong.values()) < 1e-5
     for name in ("outputs", "bn.running_mean", "bn.running_var"):
         assert wrong[name] < 1e-6, name
 

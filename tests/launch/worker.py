@@ -41,7 +41,10 @@ def main() -> None:
             if step == 5:
                 (folder / f"{rank}.pid").write_text(str(os.getpid()))
             if world.total(torch.tensor(float(stop.received is not None))) > 0:
+                # As `join_world` does: threads of gloo that are left may end a process by SIGABRT.
+                dist.destroy_process_group()
                 raise Stopped("on request")
+    dist.destroy_process_group()
     print(f"rank {rank} done")
 
 
