@@ -5,7 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bigsimclr.cli import doctor, networks, reading, running
+from bigsimclr.cli import cluster, doctor, networks, reading, running
 from bigsimclr.cli.command import Command
 
 _EXIT_CODES = (
@@ -32,6 +32,11 @@ for _command in (
     running.run,
     running.check,
     running.report,
+    cluster.submit,
+    cluster.srun,
+    cluster.runs,
+    cluster.cancel,
+    cluster.logs,
     doctor.doctor,
     reading.explain,
     reading.schema,

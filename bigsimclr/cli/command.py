@@ -18,6 +18,10 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Keys to change, such as schedule.epochs=5."),
 ]
+OnlyOption = Annotated[
+    str | None,
+    typer.Option("--only", metavar="STEP", help="Of a pipeline, run this step alone."),
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bigsimclr.cli.command import OverridesArgument, RecipeArgument, RunArgument
+from bigsimclr.cli.command import OnlyOption, OverridesArgument, RecipeArgument, RunArgument
 
 
 def run(
@@ -23,6 +23,7 @@ def run(
         Path | None,
         typer.Option("--out", metavar="RUN", help="Run directory; default: runs/RECIPE."),
     ] = None,
+    only: OnlyOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Report no progress.")] = False,
 ) -> None:
     """Run a recipe to its end, or continue it.
@@ -43,6 +44,7 @@ def run(
     changes = overrides or []
     loaded = load_recipe(source, () if is_pipeline(source) else changes)
     words = ["run", recipe, *changes, *([] if ranks is None else ["--ranks", str(ranks)])]
+    words += [] if only is None else ["--only", only]
     if ranks is not None and ranks > 1:
         from bigsimclr.launch.local import is_rank, run_ranks
 
@@ -63,6 +65,7 @@ def run(
         source=source,
         overrides=parse_overrides(changes) if is_pipeline(source) else None,
         command=shlex.join(["bigsimclr", *words]),
+        only=only,
     )
 
 

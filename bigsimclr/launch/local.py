@@ -57,18 +57,12 @@ def run_ranks(ranks: int, arguments: Sequence[str]) -> int:
 
 def run_command(ranks: int, command: Sequence[str]) -> int:
     """Run any command as `run_ranks` runs ours."""
-    # The store lives here: it outlasts a rank 0 that dies or hangs. It takes over a socket that is
-    # bound already, so that nobody else gets the port, and nobody beyond this machine reaches it.
-    listener = socket.create_server((HOST, 0))
-    port = listener.getsockname()[1]
-    store = TCPStore(
-        HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    store = open_store(HOST)
     processes: list[subprocess.Popen[bytes]] = []
     with _Signals() as signals:
         try:
             for rank in range(ranks):
-                environment = _environment(rank, ranks, store.port)
+                environment = _environment(rank, ranks, store)
                 processes.append(_start(command, rank, environment))
             return _Job(processes, signals).watch()
         finally:
@@ -76,7 +70,32 @@ def run_command(ranks: int, command: Sequence[str]) -> int:
                 _kill(process)
 
 
-def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def open_store(address: str) -> TCPStore:
+    """Open the meeting point of ranks that this process starts.
+
+    It outlasts a rank 0 that dies or hangs. It takes over a socket that is bound already, so that
+    nobody else gets the port, and listens on one address only.
+
+    Raises:
+        OSError: this machine has no such address.
+    """
+    listener = socket.create_server((address, 0))
+    port = listener.getsockname()[1]
+    return TCPStore(
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+def meeting_point(store: TCPStore) -> dict[str, str]:
+    """Return the variables by which ranks find a store."""
+    return {
+        "MASTER_ADDR": store.host,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there; rank 0 makes none
+    }
+
+
+def _environment(rank: int, ranks: int, store: TCPStore) -> dict[str, str]:
     inherited = dict(os.environ)  # noqa: TID251 - allowed here
     return {
         "OMP_NUM_THREADS": str(max(1, _cores() // ranks)),
@@ -85,9 +104,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": HOST,
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there; rank 0 makes none
+        **meeting_point(store),
     }
 
 

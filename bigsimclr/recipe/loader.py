@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import yaml
 from pydantic import ValidationError
@@ -18,6 +18,7 @@ from bigsimclr.recipe.keys import STAGES, did_you_mean
 from bigsimclr.recipe.names import find_recipe
 from bigsimclr.recipe.plan import rule_breaches
 from bigsimclr.recipe.schema import PipelineRecipe, Recipe
+from bigsimclr.recipe.sections import Section
 from bigsimclr.recipe.steps import step_breaches
 from bigsimclr.recipe.yaml_tree import (
     MAX_BYTES,
@@ -31,6 +32,8 @@ from bigsimclr.recipe.yaml_tree import (
     read_value,
     show,
 )
+
+S = TypeVar("S", bound=Section)
 
 MAX_LINES = 50  # mistakes that are spelled out
 
@@ -50,6 +53,31 @@ def load_recipe(source: str | Path, overrides: Overrides = ()) -> Recipe:
     """
     path = find_recipe(source)
     return parse_recipe(_text_of(path), name=str(path), overrides=overrides)
+
+
+def load_section(path: Path, section: type[S], overrides: Overrides = ()) -> S:
+    """Read any file of keys as strictly as a recipe.
+
+    Args:
+        path: the file.
+        section: what it holds.
+        overrides: as for `load_recipe`.
+
+    Raises:
+        RecipeError: as for `load_recipe`.
+    """
+    reading = read_tree(_text_of(path), str(path))
+    problems = list(reading.problems)
+    for key, value in _override_nodes(overrides, problems):
+        _insert(reading.root, key, value, problems)
+    try:
+        found = section.model_validate_json(json.dumps(plain_value(reading.root)))
+    except ValidationError as error:
+        problems.extend(complaints_about(error, reading.root, section))
+        raise refusal(_lines(problems)) from None
+    if problems:
+        raise refusal(_lines(problems))
+    return found
 
 
 def try_recipe(

@@ -20,6 +20,7 @@ def run_recipe(
     source: Path | None = None,
     overrides: Mapping[str, object] | None = None,
     command: str | None = None,
+    only: str | None = None,
 ) -> Path:
     """Run a recipe to its end and write its report; the same call continues an unfinished run.
 
@@ -33,6 +34,7 @@ def run_recipe(
         source: the recipe's file; a pipeline finds its stage recipes beside it.
         overrides: keys of a pipeline's stages; those of a single stage are in its recipe already.
         command: the command line that repeats this run; recorded for the report.
+        only: of a pipeline, the one step to run.
 
     Returns:
         The run directory.
@@ -42,6 +44,7 @@ def run_recipe(
         BigSimCLRError: as the stage.
     """
     from bigsimclr.engine.stop import StopRequest
+    from bigsimclr.errors import RecipeError
     from bigsimclr.recipe.pipeline import plan_pipeline
     from bigsimclr.report.html import write_report
     from bigsimclr.report.progress import show_progress
@@ -61,8 +64,17 @@ def run_recipe(
                 directory=directory,
             )
             run_pipeline(
-                recipe, runs, directory, command=command, world=world, progress=progress, stop=stop
+                recipe,
+                runs,
+                directory,
+                command=command,
+                world=world,
+                progress=progress,
+                stop=stop,
+                only=only,
             )
+        elif only is not None:
+            raise RecipeError(f"--only {only}: the recipe is a single stage; leave it out")
         else:
             run_stage(recipe, directory, world=world, progress=progress, stop=stop)
             if command is not None and world.rank == 0:

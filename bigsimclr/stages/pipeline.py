@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import DataError, Stopped, StorageError
+from bigsimclr.errors import DataError, RecipeError, Stopped, StorageError
+from bigsimclr.recipe.keys import did_you_mean
 from bigsimclr.recipe.pipeline import PlannedRun, missing_inputs
 from bigsimclr.recipe.schema import PipelineRecipe
 from bigsimclr.report.progress import Progress
@@ -22,16 +23,29 @@ def run_pipeline(
     world: World,
     progress: Progress,
     stop: StopRequest,
+    only: str | None = None,
 ) -> None:
     """Run a pipeline to its end; finished runs are skipped.
 
+    Args:
+        recipe: the pipeline.
+        runs: its runs, in order.
+        directory: where they lie.
+        command: the command line that repeats them.
+        world: the ranks that run it together, on the host.
+        progress: where progress is shown.
+        stop: set by a signal.
+        only: the one step to run; None: all of them.
+
     Raises:
         Stopped: a signal asked for it; the run in progress is saved.
-        RecipeError: a finished run was another recipe, or the directory holds something else.
+        RecipeError: a finished run was another recipe, the directory holds something else, or
+            there is no such step.
         DataError: a list of labels or a parent that a later run reads is not there.
     """
     with world.together():
-        finished = _finished(recipe, runs, directory)
+        wanted = _wanted(recipe, runs, only)
+        finished = _finished(recipe, runs, wanted, directory)
         if world.rank == 0:
             _describe(recipe, runs, directory, command)
     # What the first rank sees counts, should the others' view of the disk be an older one.
@@ -39,7 +53,7 @@ def run_pipeline(
     if done:
         progress.note(f"{len(done)} of {len(runs)} runs finished before")
     for number, run in enumerate(runs, start=1):
-        if run.path in done:
+        if run.path in done or run not in wanted:
             continue
         progress.note(f"[{number}/{len(runs)}] {run.path}")
         run_stage(run.recipe, directory / run.path, world=world, progress=progress, stop=stop)
@@ -47,16 +61,26 @@ def run_pipeline(
             raise Stopped(f"by {stop.received} after {run.path}; the same command continues")
 
 
-def _finished(recipe: PipelineRecipe, runs: list[PlannedRun], directory: Path) -> list[PlannedRun]:
-    """Return the runs that need not be run again, after checking that the others can be."""
+def _wanted(recipe: PipelineRecipe, runs: list[PlannedRun], only: str | None) -> list[PlannedRun]:
+    """Return the runs of the one step that is asked for, or all."""
+    names = [step.name for step in recipe.steps]
+    if only is not None and only not in names:
+        raise RecipeError(f"--only {only}: no such step; {did_you_mean(only, names)}")
+    return [run for run in runs if only in (None, run.step)]
+
+
+def _finished(
+    recipe: PipelineRecipe, runs: list[PlannedRun], wanted: list[PlannedRun], directory: Path
+) -> list[PlannedRun]:
+    """Return the runs that need not be run again, after checking that those wanted can be."""
     if not (directory / "pipeline.json").exists():
-        refuse_strangers(directory, [step.name for step in recipe.steps])
+        refuse_strangers(directory, [*(step.name for step in recipe.steps), "slurm"])
     finished = [run for run in runs if (directory / run.path / "result.json").exists()]
     for run in finished:
         finished_result(run.recipe, directory / run.path)
     # What is missing is said now, not when the steps before it have run for weeks.
     missing = dict.fromkeys(
-        line for run in runs if run not in finished for line in missing_inputs(run)
+        line for run in wanted if run not in finished for line in missing_inputs(run)
     )
     if missing:
         raise DataError("\n".join(missing))

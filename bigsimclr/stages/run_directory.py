@@ -47,6 +47,8 @@ OWN_FILES = (
     "unreadable.txt",
     "tensorboard",
     "stacks",
+    "attempts.jsonl",
+    "slurm",
 )
 
 
