@@ -8,7 +8,7 @@ from bigsimclr.errors import DataError, Stopped, StorageError
 from bigsimclr.recipe.pipeline import PlannedRun, missing_inputs
 from bigsimclr.recipe.schema import PipelineRecipe
 from bigsimclr.report.progress import Progress
-from bigsimclr.stages.run_directory import refuse_strangers, write_json
+from bigsimclr.stages.run_directory import LAUNCHER_FOLDER, refuse_strangers, write_json
 from bigsimclr.stages.single import finished_result, run_stage
 from bigsimclr.world import World
 
@@ -50,7 +50,7 @@ def run_pipeline(
 def _finished(recipe: PipelineRecipe, runs: list[PlannedRun], directory: Path) -> list[PlannedRun]:
     """Return the runs that need not be run again, after checking that the others can be."""
     if not (directory / "pipeline.json").exists():
-        refuse_strangers(directory, [step.name for step in recipe.steps])
+        refuse_strangers(directory, [LAUNCHER_FOLDER, *(step.name for step in recipe.steps)])
     finished = [run for run in runs if (directory / run.path / "result.json").exists()]
     for run in finished:
         finished_result(run.recipe, directory / run.path)

@@ -47,7 +47,7 @@ def test_the_directory_is_created_and_left_clean(tmp_path: Path) -> None:
         signature = json.loads((directory / ".lock").read_text())
         assert len(signature.pop("nonce")) == 16
         assert signature == {"pid": os.getpid(), "host": socket.gethostname()}
-        assert [path.name for path in directory.iterdir()] == [".lock"]
+        assert {path.name for path in directory.iterdir()} == {".lock", ".lock-turn"}
     hold_briefly(directory)
 
 
