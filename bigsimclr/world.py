@@ -255,6 +255,24 @@ def own_rank() -> int:
     return int(os.environ.get("RANK", "0"))  # noqa: TID251 - allowed here
 
 
+@dataclass(frozen=True)
+class Job:
+    """The Slurm job that this process is part of."""
+
+    number: str  # "123", or "12_3" for element 3 of the array 12
+    restart: int  # times that Slurm has started the job again, under the same number
+
+
+def own_job() -> Job | None:
+    """Return the Slurm job of this process; None outside of Slurm."""
+    number, array, element, restart = (
+        os.environ.get(f"SLURM_{name}", "")  # noqa: TID251 - allowed here
+        for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT")
+    )
+    number = f"{array}_{element}" if array and element else number  # as squeue shows it
+    return Job(number, int(restart) if restart.isdecimal() else 0) if number else None
+
+
 @contextmanager
 def join_world(wait_seconds: float = 120.0) -> Iterator[World]:
     """Meet the other processes of the run, which were started as torchrun or Slurm starts them.

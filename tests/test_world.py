@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from bigsimclr.world import Job, own_job
+
 # Page faults of ten rounds of four tensors of 24 MB, after ten rounds before.
 FAULTS = """
 import resource, torch
@@ -40,3 +42,28 @@ def test_freed_memory_is_used_again_unless_the_environment_decides(told: dict[st
     pages = 40 * 24_000_000 // os.sysconf("SC_PAGE_SIZE")
     assert (int(done.stdout) > 0.5 * pages) == bool(told)
     assert (int(done.stdout) < 0.1 * pages) != bool(told)
+
+
+@pytest.mark.parametrize(
+    ("variables", "job"),
+    [
+        ({}, None),
+        ({"JOB_ID": "123"}, Job("123", 0)),
+        ({"JOB_ID": "123", "RESTART_COUNT": "2"}, Job("123", 2)),
+        ({"JOB_ID": "123", "RESTART_COUNT": "many"}, Job("123", 0)),
+        (
+            {"JOB_ID": "15", "ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "3", "RESTART_COUNT": "1"},
+            Job("12_3", 1),
+        ),
+        ({"JOB_ID": "15", "ARRAY_JOB_ID": "12"}, Job("15", 0)),
+        ({"RESTART_COUNT": "1"}, None),
+    ],
+)
+def test_the_job_is_the_one_that_slurm_tells(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], job: Job | None
+) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert own_job() == job

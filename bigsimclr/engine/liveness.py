@@ -195,6 +195,11 @@ class Pulse:
         self._leaving = threading.Event()
         self._thread: threading.Thread | None = None
 
+    @property
+    def step(self) -> int:
+        """Number of the update that `at` last told of."""
+        return self._own.step
+
     def at(self, phase: str, step: int, *, allowance: float = 1.0) -> None:
         """Say what the training does now; costs nothing.
 

@@ -1,4 +1,11 @@
-"""One writer per run directory: a lock that the operating system frees when its holder dies."""
+"""One writer per run directory: a lock that the operating system frees when its holder dies.
+
+`.lock` is locked and signed by its holder. Slurm may lose sight of a machine, and start its job
+again elsewhere, while the holder lives on and keeps the lock. The later start of the same job then
+puts a file of its own at the place of `.lock`; the earlier holder keeps a file without a name, and
+its fence lets nothing more out. Whoever looks at `.lock` or changes it holds `.lock-turn` for that
+moment, so that what is found there is the signature of its present holder.
+"""
 
 import errno
 import fcntl
@@ -7,16 +14,22 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from bigsimclr.errors import StorageError
+from bigsimclr.world import Job
 
 _log = logging.getLogger(__name__)
 
+TURN_SECONDS: Final = 10.0
+"""Seconds to wait while others start here; each takes milliseconds."""
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 
 # Descriptors of held locks. Forked workers inherit them, and a worker that outlives a killed
 # trainer would keep the directory locked; so every child closes them.
@@ -33,15 +46,17 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
-def hold_run(directory: Path) -> Iterator[Callable[[], None]]:
+def hold_run(directory: Path, *, job: Job | None = None) -> Iterator[Callable[[], None]]:
     """Create a run directory, prove that it can be written, and hold it against other processes.
 
     Args:
         directory: the run directory; its parents are created as well.
+        job: this process's Slurm job, which takes over from its own earlier starts.
 
     Yields:
-        A fence: call it before anything is published. It raises StorageError when another process
-        has taken the directory over, as it can on a file system without locks.
+        A fence: call it right before anything is published. It raises StorageError when another
+        process has taken the directory over: a later start of the same job, or any on a file
+        system without locks. It cannot hold back what stood still after the call for so long.
 
     Raises:
         StorageError: the directory cannot be written, or another process holds it.
@@ -50,7 +65,8 @@ def hold_run(directory: Path) -> Iterator[Callable[[], None]]:
         raise StorageError(f"{str(directory)!r} holds control characters; use another --out")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(directory)
+        with _turn(directory):
+            descriptor, signature = _acquire(directory, job)
     except StorageError:
         raise
     except OSError as error:
@@ -58,7 +74,6 @@ def hold_run(directory: Path) -> Iterator[Callable[[], None]]:
     _held.add(descriptor)
     try:
         try:
-            signature = _sign(descriptor)
             _probe(directory)
         except OSError as error:
             raise _unwritable(directory, error) from error
@@ -70,29 +85,84 @@ def hold_run(directory: Path) -> Iterator[Callable[[], None]]:
             os.close(descriptor)
 
 
-def _locked(directory: Path) -> int:
-    """Open and lock `.lock`; the descriptor carries the lock until it is closed."""
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+@contextmanager
+def _turn(directory: Path) -> Iterator[None]:
+    """Let one process at a time find out who holds a directory, and change it."""
+    descriptor = os.open(directory / ".lock-turn", _OPEN, 0o600)
+    try:
+        deadline = time.monotonic() + TURN_SECONDS
+        while _lock(descriptor) is False:
+            if time.monotonic() >= deadline:
+                raise StorageError(
+                    f"{directory} is in use by another process, which has not come to its start "
+                    f"for {TURN_SECONDS:g} s; use another --out"
+                )
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Say whether the file was free, and is ours until it is closed; None: no locks here."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS_HERE:
+            return None
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _acquire(directory: Path, job: Job | None) -> tuple[int, bytes]:
+    """Lock and sign `.lock`; the descriptor carries the lock until it is closed."""
+    descriptor = os.open(directory / ".lock", _OPEN, 0o600)
+    try:
+        free = _lock(descriptor)
+        if free is None:
             _log.warning(
                 "%s is on a file system without locks; start no second run there", directory
             )
-            return descriptor
-        holder = _holder(descriptor)
+        if free is not False:
+            return descriptor, _sign(descriptor, job)
+        holder, its_job = _holder(descriptor)
+    except BaseException:
         os.close(descriptor)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        raise StorageError(f"{directory} is in use by {holder}; use another --out") from error
-    return descriptor
+        raise
+    os.close(descriptor)
+    if (
+        job is None
+        or its_job is None
+        or job.number != its_job.number
+        or job.restart <= its_job.restart
+    ):
+        raise StorageError(f"{directory} is in use by {holder}; use another --out")
+    _log.warning("%s is taken over from %s, an earlier start of this job", directory, holder)
+    return _take_over(directory, job)
 
 
-def _sign(descriptor: int) -> bytes:
+def _take_over(directory: Path, job: Job) -> tuple[int, bytes]:
+    """Put another file at the place of `.lock`, locked and signed before anybody sees it."""
+    beside = directory / ".lock-next"  # one name, so that a killed process leaves one at most
+    descriptor = os.open(beside, _OPEN, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        signature = _sign(descriptor, job)
+        beside.replace(directory / ".lock")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, signature
+
+
+def _sign(descriptor: int, job: Job | None) -> bytes:
     """Say who holds the lock, for the message that a second process prints, and for the fence."""
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "nonce": secrets.token_hex(8)}
-    content = json.dumps(holder).encode() + b"\n"
+    holder: dict[str, object] = {"pid": os.getpid(), "host": socket.gethostname()}
+    if job is not None:
+        holder |= {"job": job.number, "restart": job.restart}
+    content = json.dumps({**holder, "nonce": secrets.token_hex(8)}).encode() + b"\n"
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, content, 0)
     return content
@@ -110,16 +180,23 @@ def _check_signature(directory: Path, signature: bytes) -> None:
         )
 
 
-def _holder(descriptor: int) -> str:
+def _holder(descriptor: int) -> tuple[str, Job | None]:
+    """Return who signed a lock, in words, and as part of which job."""
     try:
         signature: object = json.loads(os.pread(descriptor, 4096, 0))
     except (OSError, ValueError):
         signature = None
     match signature:
         case {"pid": int(pid), "host": str(host)} if host.isprintable():
-            return f"process {pid} on {host}"
+            words = f"process {pid} on {host}"
         case _:
-            return "another process"
+            return "another process", None
+    match signature:
+        case {"job": str(number), "restart": int(restart)} if number.isprintable():
+            again = f", restart {restart}" if restart else ""
+            return f"{words} (Slurm job {number}{again})", Job(number, restart)
+        case _:
+            return words, None
 
 
 def _probe(directory: Path) -> None:

@@ -187,8 +187,10 @@ def _stopped(run: Run, progress: Progress, started: float, stop: StopRequest) ->
     """Save, and say so."""
     _begin_save(run, progress, started)
     path = _finish_save(run, progress)
+    # Asked once more: a graver signal may have come to any rank during the save.
+    name = stop.agree(run.world)
     return Stopped(
-        f"by {stop.received} at step {progress.step} of {run.plan.steps}; checkpoint {path} is "
+        f"by {name} at step {progress.step} of {run.plan.steps}; checkpoint {path} is "
         "written and the same command continues from it"
     )
 

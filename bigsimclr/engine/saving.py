@@ -193,6 +193,8 @@ class Saver:
     def _make_place(self, final: Path, needed: int) -> str:
         """Make the directory to write into; the name is empty where the checkpoint exists."""
         try:
+            # Before anything is cleared away, which may be the new holder's save.
+            self._fence()
             self._root.mkdir(parents=True, exist_ok=True)
             clear_unfinished(self._root)
             if is_intact(final):
@@ -222,11 +224,12 @@ class Saver:
     def _publish(self, save: _Save, files: list[StoredFile]) -> None:
         """Add the manifest, sync, rename: the checkpoint appears whole or not at all."""
         try:
-            self._fence()
             write_file(save.temporary / MANIFEST, manifest_json(save.examples, files))
             save.temporary.chmod(stat.S_IMODE(self._root.stat().st_mode))
             _sync_directory(save.temporary)
             final = save.final
+            # As late as can be: a process may stand still anywhere, for hours.
+            self._fence()
             if final.is_symlink() or final.exists():
                 final.rename(self._root / f".bad-{final.name}-{secrets.token_hex(4)}")
             save.temporary.rename(final)

@@ -11,7 +11,8 @@ from bigsimclr.world import World
 _Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""SIGTERM: preemption. SIGUSR2: an early warning, as Slurm sends it. SIGINT: Ctrl-C."""
+"""Gravest first. SIGTERM: preemption. SIGINT: Ctrl-C. SIGUSR2: an early warning, as Slurm sends
+it."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -19,7 +20,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 
 class StopRequest:
-    """Note the first signal that asks to stop; a second Ctrl-C ends the process at once.
+    """Note the gravest signal that asks to stop; a second Ctrl-C ends the process at once.
 
     Used as a context manager, which puts the earlier handlers back. The handlers do nothing but
     set a flag: saving inside a handler could meet a half-finished update, or a half-finished save.
@@ -27,9 +28,15 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.received: str | None = None  # name of the first signal, e.g. "SIGTERM"
+        # A set, since a handler may run between any two steps of what is done here.
+        self._received: set[int] = set()
         self._interrupted = False
         self._previous: dict[signal.Signals, _Handler] = {}
+
+    @property
+    def received(self) -> str | None:
+        """Name of the gravest signal that has come, e.g. "SIGTERM"."""
+        return next((found.name for found in STOP_SIGNALS if found in self._received), None)
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -49,12 +56,12 @@ class StopRequest:
         self._previous.clear()
 
     def agree(self, world: World) -> str | None:
-        """Return the signal that came to any rank, and note it: all of them stop together."""
-        own = 0 if self.received is None else signal.Signals[self.received].value
-        first = next((number for number in world.numbers(own) if number), None)
-        if first is not None and self.received is None:
-            self.received = signal.Signals(first).name
-        return None if first is None else signal.Signals(first).name
+        """Return the gravest signal that came to any rank, and note all: ranks stop together."""
+        masks = world.numbers(sum(1 << s for s in STOP_SIGNALS if s in self._received))
+        agreed = [s for s in STOP_SIGNALS if any(mask >> s & 1 for mask in masks)]
+        self._received.update(agreed)
+        # Not what has come here since, of which the others do not know.
+        return agreed[0].name if agreed else None
 
     def check(self, world: World) -> None:
         """Leave work that can be done again, if a signal has come to any rank.
@@ -66,8 +73,7 @@ class StopRequest:
             raise Interrupted
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        self.received = self.received or name
+        self._received.add(number)
         if number == signal.SIGINT:
             if self._interrupted:
                 raise KeyboardInterrupt

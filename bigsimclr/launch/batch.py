@@ -25,6 +25,8 @@ from bigsimclr.launch.local import meeting_point, open_store
 from bigsimclr.launch.profile import Profile
 from bigsimclr.launch.restarts import RestartLog, progress_of
 from bigsimclr.launch.scheduler import JobFacts
+from bigsimclr.report.attempts import FILE_NAME as ATTEMPTS, read_attempts
+from bigsimclr.world import own_job
 
 T = TypeVar("T")
 
@@ -34,9 +36,12 @@ LINGER_SECONDS: Final = 60
 PATIENCE_SECONDS: Final = 900.0
 """Longest wait for Slurm to end a job that it wants to end."""
 FORWARDED: Final = (signal.SIGTERM, signal.SIGUSR2)
+WISHES: Final = frozenset(number.name for number in FORWARDED)
 KILLED: Final = 128  # plus the signal's number, as srun and shells count
 
-Then = Literal["done", "failed", "stopped", "requeued", "preempted", "ended by Slurm"]
+Then = Literal[
+    "done", "failed", "stopped", "requeued", "preempted", "ended by Slurm", "left behind"
+]
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Allocation:
 
     job: str  # number, as Slurm's commands take it
     name: str  # number, as people see it: 12, or 12_3 for an element of an array
-    restart: int
+    restart: int  # times that Slurm has started the job again
     nodes: tuple[str, ...]
     tasks: int
     cpus_per_task: str  # empty where the job does not say
@@ -57,18 +62,18 @@ def own_allocation() -> Allocation:
     Raises:
         RecipeError: this is no batch script of Slurm.
     """
-    job, listed = scheduler.inherited("SLURM_JOB_ID"), scheduler.inherited("SLURM_JOB_NODELIST")
-    if not job or not listed or scheduler.inherited("SLURM_PROCID", "0") != "0":
+    job, number = own_job(), scheduler.inherited("SLURM_JOB_ID")
+    listed = scheduler.inherited("SLURM_JOB_NODELIST")
+    if job is None or not listed or scheduler.inherited("SLURM_PROCID", "0") != "0":
         raise RecipeError(
             "srun: this is not the batch script of a Slurm job; bigsimclr submit makes one, and "
             "slurm/train.sbatch is one to start from"
         )
     nodes = tuple(scheduler.node_names(listed))
-    array, element = (scheduler.inherited(f"SLURM_ARRAY_{word}_ID") for word in ("JOB", "TASK"))
     return Allocation(
-        job=job,
-        name=f"{array}_{element}" if array else job,
-        restart=int(scheduler.inherited("SLURM_RESTART_COUNT", "0")),
+        job=number,
+        name=job.number,
+        restart=job.restart,
         nodes=nodes,
         tasks=int(scheduler.inherited("SLURM_NTASKS") or len(nodes)),
         cpus_per_task=scheduler.inherited("SLURM_CPUS_PER_TASK"),
@@ -91,6 +96,7 @@ def run_allocated(words: Sequence[str], *, profile: Profile, folder: Path, watch
     """
     job = own_allocation()
     log, limit = RestartLog(folder, job.name), profile.restarts_without_progress
+    began = time.time()
     log.begin(job.restart, progress_of(watched), limit=limit)
     notes = folder / f"{job.name}-{job.restart}"
     shutil.rmtree(notes, ignore_errors=True)
@@ -100,7 +106,8 @@ def run_allocated(words: Sequence[str], *, profile: Profile, folder: Path, watch
         then: Then = "done" if code == 0 else "failed"
         if code == Stopped.exit_code or is_loss(code):
             facts = _patiently(lambda: scheduler.job_facts(job.job))
-            then = decide(code, requests.heard | signals_of(notes), facts, profile=profile)
+            signals = requests.heard | signals_of(watched, notes, since=began)
+            then = decide(code, signals, facts, restart=job.restart, profile=profile)
         if then == "requeued" and not log.may_restart(progress_of(watched), limit=limit):
             log.end(job.restart, code, "failed")
             raise DistributedError(
@@ -126,8 +133,11 @@ def decide(code: int, signals: frozenset[str], facts: JobFacts | None, *, profil
         code: exit code of the ranks.
         signals: that came to any of them, or to the batch script.
         facts: of the job now; None where Slurm does not know it.
+        restart: times that the job had been started again when this script began.
         profile: whether it may be requeued.
     """
+    if facts is not None and facts.restarts != restart:
+        return "left behind"  # Slurm has lost this node, and the job runs elsewhere by now
     if facts is not None and facts.state != "RUNNING":
         at_limit = facts.reason == "TimeLimit" and profile.requeue
         return "requeued" if at_limit else "ended by Slurm"
@@ -141,17 +151,26 @@ def decide(code: int, signals: frozenset[str], facts: JobFacts | None, *, profil
     return "requeued" if signals & {"SIGUSR2"} and "SIGTERM" not in signals else "stopped"
 
 
-def signals_of(notes: Path) -> frozenset[str]:
+def signals_of(watched: Path, notes: Path, *, since: float) -> frozenset[str]:
     """Return the signals that asked the ranks of this allocation to stop.
 
-    Under torchrun the ranks that are left get SIGTERM when the first has ended; so the notes of
-    the first one to end count.
+    What the ranks agreed on counts. Before they trained, their notes count, of the first that
+    ended: torchrun sends SIGTERM to those that are left.
+
+    Args:
+        watched: the run, or the runs below it.
+        notes: what the ranks left.
+        since: when this allocation began, unix seconds.
     """
-    written = sorted(notes.glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
-    for path in written:
+    attempts = (a for path in watched.rglob(ATTEMPTS) for a in read_attempts(path.parent))
+    ended = [(a.ended, a.why) for a in attempts if a.ended is not None and a.why is not None]
+    newest = max(ended, default=(0.0, ""))
+    if newest[0] >= since and newest[1] in WISHES:
+        return frozenset({newest[1]})
+    for path in sorted(notes.glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns):
         names = _note(path).get("signals")
         found = frozenset(map(str, names)) if isinstance(names, list) else frozenset()
-        if found & {number.name for number in FORWARDED}:
+        if found & WISHES:
             return found
     return frozenset()
 
@@ -273,7 +292,7 @@ def _carry_out(then: Then, job: Allocation) -> None:
             _wait_for_the_end(job)
         case "ended by Slurm":
             _wait_for_the_end(job)
-        case "done" | "failed" | "stopped":
+        case "done" | "failed" | "stopped" | "left behind":
             pass
 
 

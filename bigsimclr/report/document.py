@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bigsimclr.report.facts import Json, Run, RunSet, mapping, number, text
+from bigsimclr.report.goodput import goodput_of
 from bigsimclr.report.summary import (
     Point,
     Row,
@@ -20,6 +21,7 @@ VERSION = 1  # of the layout of report.json
 UNITS: Mapping[str, Json] = {
     "accuracy": "share of the held-out images, 0 to 1",
     "mean, std": "same; std is the sample standard deviation of values, null for a single one",
+    "goodput": "steps kept of those computed, 0 to 1; seconds lost between attempts",
     "loss": "nats; the contrastive loss is the sum of its two directions, as chance_loss",
 }
 
@@ -143,9 +145,23 @@ def _relative(run_set: RunSet, run: Run) -> Json:
         "labels": labels.amount if labels.known else None,
         "examples": number(result.get("examples")),
         "seconds": seconds_of(run),
+        "goodput": _goodput(run),
         "checkpoint": text(result.get("checkpoint")),
         "data_fingerprint": text(data.get("fingerprint")),
         "labels_hash": text(data.get("labels_hash")),
+    }
+
+
+def _goodput(run: Run) -> Json:
+    found = goodput_of(run.attempts, run.records)
+    if found is None:
+        return None
+    return {
+        "share": found.share,
+        "steps_kept": found.kept,
+        "steps_computed": found.computed,
+        "restarts": found.restarts,
+        "seconds_lost": round(found.seconds_lost, 3),
     }
 
 

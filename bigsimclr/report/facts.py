@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from bigsimclr.errors import BigSimCLRError, RecipeError
 from bigsimclr.recipe.yaml_tree import Node, read_tree
+from bigsimclr.report.attempts import Attempt, read_attempts
 from bigsimclr.report.records import Record, read_records
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -32,6 +33,7 @@ class Run:
     plan: Mapping[str, Json]
     environment: Mapping[str, Json]
     records: Sequence[Record]
+    attempts: Sequence[Attempt]
     result: Mapping[str, Json] | None  # None: not finished
 
     @property
@@ -209,6 +211,7 @@ def _read_run(
             _read_json(folder / "environment.json", f"{within}environment.json", notes)
         ),
         records=_read_metrics(folder, f"{within}metrics.jsonl", notes),
+        attempts=_read_attempts(folder, f"{within}attempts.jsonl", notes),
         result=result,
     )
 
@@ -321,4 +324,12 @@ def _read_metrics(folder: Path, name: str, notes: list[str]) -> Sequence[Record]
         return tuple(read_records(folder))
     except (BigSimCLRError, OSError, ValueError, TypeError, RecursionError) as error:
         notes.append(f"{name}: {error}")
+        return ()
+
+
+def _read_attempts(folder: Path, name: str, notes: list[str]) -> Sequence[Attempt]:
+    try:
+        return tuple(read_attempts(folder))
+    except OSError as error:
+        notes.append(f"{name}: cannot be read ({type(error).__name__})")
         return ()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from bigsimclr.report.document import Summary, seconds_of, state_of
 from bigsimclr.report.facts import Json, Run, RunSet, Step, number, text
+from bigsimclr.report.goodput import goodput_of
 from bigsimclr.report.summary import (
     METHOD_NAMES,
     METHOD_OF_STAGE,
@@ -176,6 +177,16 @@ def missing_training(run_set: RunSet) -> str:
     if any(run.started for run in runs):
         return "Not finished yet: too few records for a plot so far."
     return "Not run yet: no course of training has been recorded."
+
+
+def goodput_lines(run_set: RunSet) -> list[tuple[str, str]]:
+    """Say for each run that took more than one attempt what became of its steps and time."""
+    found = ((run, goodput_of(run.attempts, run.records)) for run in run_set.runs)
+    return [
+        (run_set.name if run.path == "." else run.path, goodput.words)
+        for run, goodput in found
+        if goodput is not None and goodput.restarts
+    ]
 
 
 def _progress(row: Row) -> str:

@@ -11,7 +11,7 @@ from bigsimclr.recipe.schema import KnnRecipe
 from bigsimclr.stages.evaluate import labelled_held_out, neighbour_accuracy
 from bigsimclr.stages.inputs import Inputs, open_inputs
 from bigsimclr.stages.load import Loaded, check_layer, load_parent
-from bigsimclr.stages.run_directory import RunDirectory
+from bigsimclr.stages.run_directory import ActiveRun
 from bigsimclr.world import World
 
 
@@ -25,7 +25,7 @@ class Measured:
 
 
 def evaluate_neighbours(
-    recipe: KnnRecipe, *, world: World, run: RunDirectory, stop: StopRequest
+    recipe: KnnRecipe, *, world: World, run: ActiveRun, stop: StopRequest
 ) -> Measured:
     """Let the labelled training images vote on the held-out images.
 
@@ -49,7 +49,8 @@ def evaluate_neighbours(
     facts = {"examples": len(inputs.indices), "neighbours": recipe.neighbours}
     with world.together():
         if world.rank == 0:
-            run.describe(recipe, facts, labels=inputs.label_names)
+            run.fence()
+            run.directory.describe(recipe, facts, labels=inputs.label_names)
     values = neighbour_accuracy(
         parent.model.to(world.device),
         inputs,

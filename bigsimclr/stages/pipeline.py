@@ -9,7 +9,7 @@ from bigsimclr.recipe.keys import did_you_mean
 from bigsimclr.recipe.pipeline import PlannedRun, missing_inputs
 from bigsimclr.recipe.schema import PipelineRecipe
 from bigsimclr.report.progress import Progress
-from bigsimclr.stages.run_directory import refuse_strangers, write_json
+from bigsimclr.stages.run_directory import LAUNCHER_FOLDER, refuse_strangers, write_json
 from bigsimclr.stages.single import finished_result, run_stage
 from bigsimclr.world import World
 
@@ -74,7 +74,7 @@ def _finished(
 ) -> list[PlannedRun]:
     """Return the runs that need not be run again, after checking that those wanted can be."""
     if not (directory / "pipeline.json").exists():
-        refuse_strangers(directory, [*(step.name for step in recipe.steps), "slurm"])
+        refuse_strangers(directory, [LAUNCHER_FOLDER, *(step.name for step in recipe.steps)])
     finished = [run for run in runs if (directory / run.path / "result.json").exists()]
     for run in finished:
         finished_result(run.recipe, directory / run.path)

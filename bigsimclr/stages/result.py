@@ -14,7 +14,7 @@ from bigsimclr.recipe.schema import (
 )
 from bigsimclr.stages.evaluate import labelled_held_out
 from bigsimclr.stages.inputs import Inputs
-from bigsimclr.stages.run_directory import RunDirectory, read_result, write_json
+from bigsimclr.stages.run_directory import ActiveRun, read_result, write_json
 
 ENCODER = {
     "pretrain": "frozen",
@@ -37,7 +37,7 @@ class Result:
 
 def write_result(
     recipe: AnyStage,
-    run: RunDirectory,
+    run: ActiveRun,
     inputs: Inputs,
     *,
     metrics: Mapping[str, float],
@@ -46,26 +46,32 @@ def write_result(
     parent_digest: str | None,
     seconds: float,
 ) -> Result:
-    """Write the result of a run, which says that it is finished; the first rank does it."""
+    """Write the result of a run, which says that it is finished; the first rank does it.
+
+    Raises:
+        StorageError: it cannot be written, or the directory was taken over.
+    """
+    directory = run.directory
     parent = None if isinstance(recipe, PretrainRecipe | SupervisedRecipe) else recipe.parent
-    inside = None if checkpoint is None else checkpoint.relative_to(run.path).as_posix()
+    inside = None if checkpoint is None else checkpoint.relative_to(directory.path).as_posix()
     with inputs.world.together():
         if inputs.world.rank == 0:
+            run.fence()
             write_json(
-                run.result,
+                directory.result,
                 {
                     "stage": recipe.stage,
                     "examples": examples,
                     "metrics": dict(metrics),
                     "protocol": _protocol(recipe, inputs, examples),
-                    "parent": None if parent is None else os.path.relpath(parent, run.path),
+                    "parent": None if parent is None else os.path.relpath(parent, directory.path),
                     "parent_digest": parent_digest,
                     "checkpoint": inside,
                     "seconds": round(seconds, 3),
-                    "data": {**inputs.facts(), "unreadable": len(run.unreadable())},
+                    "data": {**inputs.facts(), "unreadable": len(directory.unreadable())},
                 },
             )
-    return Result(run.path, checkpoint, metrics)
+    return Result(directory.path, checkpoint, metrics)
 
 
 def summary(recipe: AnyStage, metrics: Mapping[str, float], held_out: int) -> str:

@@ -37,18 +37,20 @@ FREE_KEYS = (
     "labels.list",
     "parent",
 )
+LAUNCHER_FOLDER = "slurm"
+"""Where the launcher keeps a job's files, also before a run or a pipeline begins."""
 OWN_FILES = (
     "recipe.yaml",
     "plan.json",
     "environment.json",
     "metrics.jsonl",
+    "attempts.jsonl",
     "checkpoints",
     "labels.txt",
     "unreadable.txt",
     "tensorboard",
     "stacks",
-    "attempts.jsonl",
-    "slurm",
+    LAUNCHER_FOLDER,
 )
 
 

@@ -47,7 +47,7 @@ from bigsimclr.stages.run_directory import (
     with_absolute_paths,
 )
 from bigsimclr.stages.training import Task
-from bigsimclr.world import World, use_device
+from bigsimclr.world import World, own_job, use_device
 
 METRICS = {
     "held_out/accuracy": "accuracy",
@@ -103,15 +103,16 @@ def run_stage(
             hang_seconds=parallel.hang_seconds,
             stacks=directory / "stacks",
         ) as pulse:
+            active = ActiveRun(run, fence, pulse)
             if isinstance(recipe, KnnRecipe):
-                return _neighbours(recipe, here, run, progress, stop)
-            trained, task = _train(recipe, here, ActiveRun(run, fence, pulse), progress, stop)
+                return _neighbours(recipe, here, active, progress, stop)
+            trained, task = _train(recipe, here, active, progress, stop)
             metrics = {METRICS[name]: value for name, value in trained.values.items()}
             metrics["loss"] = trained.losses["train/loss"]
             progress.end(summary(recipe, metrics, len(labelled_held_out(task.inputs))))
             return write_result(
                 recipe,
-                run,
+                active,
                 task.inputs,
                 metrics=metrics,
                 examples=trained.examples,
@@ -133,7 +134,7 @@ def _held(directory: Path, world: World) -> Iterator[Callable[[], None]]:
     with ExitStack() as stack:
         with world.together():
             if world.rank == 0:
-                fence = stack.enter_context(hold_run(directory))
+                fence = stack.enter_context(hold_run(directory, job=own_job()))
         yield fence
 
 
@@ -194,7 +195,7 @@ def _train(
 
 
 def _neighbours(
-    recipe: KnnRecipe, world: World, run: RunDirectory, progress: Progress, stop: StopRequest
+    recipe: KnnRecipe, world: World, run: ActiveRun, progress: Progress, stop: StopRequest
 ) -> Result:
     started = time.monotonic()
     try:

@@ -1,8 +1,8 @@
 """What all training stages have in common: from an objective to a finished run directory."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from bigsimclr.engine.graph import GraphedGradients
 from bigsimclr.engine.loop import Evaluate, Intervals, Run, Trained, train
 from bigsimclr.engine.saving import Saver
 from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import RecipeError
+from bigsimclr.errors import RecipeError, Stopped, StorageError
 from bigsimclr.models import Architecture
 from bigsimclr.models.memory import save_memory
 from bigsimclr.models.norm import fuse_batch_norm
@@ -25,8 +25,9 @@ from bigsimclr.optim import build_optimizer
 from bigsimclr.parallel import MakeOptimizer, Strategy, build_strategy
 from bigsimclr.recipe.plan import Plan, make_plan
 from bigsimclr.recipe.schema import AnyTraining, PretrainRecipe
+from bigsimclr.report.attempts import note_began, note_ended
 from bigsimclr.report.progress import Progress
-from bigsimclr.report.records import Records, read_records
+from bigsimclr.report.records import Record, Records, read_records
 from bigsimclr.stages.fitting import fitting_memory, fitting_micro_batch
 from bigsimclr.stages.inputs import Inputs
 from bigsimclr.stages.load import Loaded
@@ -37,7 +38,7 @@ from bigsimclr.stages.run_directory import (
     check_same_recipe,
     recipe_facts,
 )
-from bigsimclr.world import World
+from bigsimclr.world import World, own_job
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def run_training(
         Stopped: a signal asked for it; the state is saved.
         RecipeError: the directory holds a run of another recipe.
         CheckpointError: the directory holds checkpoints, none of them intact.
+        StorageError: the directory cannot be written, or was taken over.
     """
     model = task.objective.model
     _choose_code(recipe, task, world)
@@ -91,13 +93,9 @@ def run_training(
     )
     strategy = build_strategy(recipe.parallel, world)
     strategy.prepare(model, _optimizer_maker(recipe, model, plan, fused=task.inputs.fused))
-    with world.together():
-        if resume is not None:
-            check_same_recipe(recipe, resume.facts["recipe"], directory.path)
-            check_same_origins(_origins(task), resume.facts["origins"], directory.path)
-        elif world.rank == 0:
-            directory.describe(recipe, plan.as_facts(), labels=task.inputs.label_names)
+    _begin_or_continue(recipe, task, run, plan=plan, resume=resume)
     first = 0 if resume is None else resume.examples
+    newest = read_records(directory.path)[-1:] if world.rank == 0 else []
     records = _records(recipe, directory, first) if world.rank == 0 else None
     known = _known(directory) if world.rank == 0 else set()
     progress.begin(title, plan.steps, first // plan.global_batch, _headline(plan))
@@ -105,6 +103,8 @@ def run_training(
 
     def report(examples: int, step: int, values: Mapping[str, float]) -> None:
         both = {**values, **chance} if "train/loss" in values else values
+        with world.together():
+            run.fence()
         if records is None or (examples, *both) in known:
             return  # another rank's task, or evaluated before the run was interrupted
         records.write(examples=examples, step=step, values=both)
@@ -112,13 +112,16 @@ def run_training(
 
     loader = task.inputs.loader(recipe, views=task.views)
     assembled = _assemble(recipe, task, plan=plan, loader=loader, strategy=strategy, run=run)
+    attempt = _noted_attempt(run, first // plan.global_batch, newest=newest, world=world, stop=stop)
     try:
-        with _explained_memory(recipe, plan), assembled.graph or nullcontext():
+        with attempt, _explained_memory(recipe, plan), assembled.graph or nullcontext():
             return train(assembled, resume=resume, stop=stop, report=report)
     finally:
         if records is not None:
-            directory.note_unreadable(loader.unreadable)
             records.close()
+            if loader.unreadable:
+                run.fence()
+                directory.note_unreadable(loader.unreadable)
 
 
 def _choose_code(recipe: AnyTraining, task: Task, world: World) -> None:
@@ -147,6 +150,20 @@ def _newest(run: RunDirectory, world: World) -> Checkpoint | None:
     return newest
 
 
+def _begin_or_continue(
+    recipe: AnyTraining, task: Task, run: ActiveRun, *, plan: Plan, resume: Checkpoint | None
+) -> None:
+    """Describe a new run, or prove that this is the one that the checkpoint is of."""
+    path, world = run.directory.path, task.inputs.world
+    with world.together():
+        run.fence()
+        if resume is not None:
+            check_same_recipe(recipe, resume.facts["recipe"], path)
+            check_same_origins(_origins(task), resume.facts["origins"], path)
+        elif world.rank == 0:
+            run.directory.describe(recipe, plan.as_facts(), labels=task.inputs.label_names)
+
+
 def _records(recipe: AnyTraining, run: RunDirectory, examples: int) -> Records:
     records = Records(run.path, tensorboard=recipe.log.tensorboard)
     records.rewind(examples)
@@ -155,6 +172,47 @@ def _records(recipe: AnyTraining, run: RunDirectory, examples: int) -> Records:
 
 def _known(run: RunDirectory) -> set[tuple[int | str, ...]]:
     return {(record.examples, *record.values) for record in read_records(run.path)}
+
+
+@contextmanager
+def _noted_attempt(
+    run: ActiveRun, first: int, *, newest: Sequence[Record], world: World, stop: StopRequest
+) -> Iterator[None]:
+    """Note when this attempt to train begins and how it ends; the first rank does it.
+
+    Args:
+        run: the run.
+        first: updates made by the checkpoint that it continues.
+        newest: the last record before it, if there is one.
+        world: the ranks.
+        stop: says which signal ended it.
+    """
+    if world.rank:
+        yield
+        return
+    path, job = run.directory.path, own_job()
+    note_began(
+        path,
+        step=first,
+        world_size=world.size,
+        job=None if job is None else job.number,
+        restart=0 if job is None else job.restart,
+        reached=newest[0].step if newest else None,
+        alive=newest[0].time if newest else None,
+    )
+    why = "done"
+    try:
+        yield
+    except Stopped:
+        why = stop.received or Stopped.__name__
+        raise
+    except BaseException as error:
+        why = type(error).__name__
+        raise
+    finally:
+        with suppress(StorageError):  # whoever took the run over writes its attempts now
+            run.fence()
+            note_ended(path, step=max(first, run.pulse.step), why=why)
 
 
 def _origins(task: Task) -> dict[str, str | None]:

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -70,7 +71,7 @@ class StopAt(Progress):
 
     def update(self, step: int, values: Mapping[str, float]) -> None:  # noqa: ARG002
         if step == self._step:
-            self._stop.received = "SIGTERM"
+            self._stop._note(signal.SIGTERM, None)
 
 
 def write_images(path: Path) -> None:

@@ -233,6 +233,35 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     clear_unfinished(tmp_path / "absent")
 
 
+def refuse() -> None:
+    raise StorageError("taken over")
+
+
+def test_who_lost_the_run_clears_nothing_away(tmp_path: Path) -> None:
+    unfinished = tmp_path / ".tmp-000000000128-abcdef01"  # the new holder's save in progress
+    unfinished.mkdir()
+    saver = Saver(tmp_path, keep=2, fence=refuse)
+    with pytest.raises(StorageError, match="taken over"):
+        saver.begin(examples=128, tensors=some_tensors(), facts=FACTS)
+    assert names(tmp_path) == [unfinished.name]
+
+
+def test_who_loses_the_run_while_saving_publishes_nothing(tmp_path: Path) -> None:
+    first = save(tmp_path, 64)
+    lost = False
+
+    def fence() -> None:
+        if lost:
+            refuse()
+
+    saver = Saver(tmp_path, keep=2, fence=fence)
+    saver.begin(examples=128, tensors=some_tensors(), facts=FACTS)
+    lost = True
+    with pytest.raises(StorageError, match="taken over"):
+        saver.finish()
+    assert names(tmp_path) == [first.name]
+
+
 def test_permissions_follow_the_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o750)
     assert save(tmp_path, 1).stat().st_mode & 0o777 == 0o750

@@ -3,10 +3,14 @@
 import os
 import signal
 import threading
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 
 from bigsimclr.engine.stop import STOP_SIGNALS, StopRequest
+from bigsimclr.world import ALONE, World
+from tests.distributed.ranks import on_ranks
 
 
 def send(number: int) -> None:
@@ -29,12 +33,42 @@ def test_each_signal_is_noted_by_name(number: signal.Signals) -> None:
     assert stop.received == number.name
 
 
-def test_the_first_signal_is_kept() -> None:
+def test_the_gravest_signal_counts_whichever_came_first() -> None:
     with StopRequest() as stop:
         send(signal.SIGUSR2)
+        assert stop.agree(ALONE) == stop.received == "SIGUSR2"
         send(signal.SIGTERM)
-        send(signal.SIGTERM)
-        assert stop.received == "SIGUSR2"
+        assert stop.agree(ALONE) == stop.received == "SIGTERM"
+        send(signal.SIGUSR2)
+        assert stop.agree(ALONE) == stop.received == "SIGTERM"
+
+
+def agree_twice(
+    world: World, arrived: Sequence[signal.Signals | None]
+) -> tuple[str | None, str | None, str | None]:
+    stop = StopRequest()
+    before = stop.agree(world)
+    own = arrived[world.rank]
+    if own is not None:
+        stop._note(own, None)
+    return before, stop.agree(world), stop.received
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arrived", "gravest"),
+    [
+        ((signal.SIGUSR2, None, signal.SIGTERM), "SIGTERM"),
+        ((None, signal.SIGUSR2, signal.SIGINT), "SIGINT"),
+        ((None, None, signal.SIGUSR2), "SIGUSR2"),
+        ((None, None, None), None),
+    ],
+)
+def test_ranks_agree_on_the_gravest_signal(
+    arrived: Sequence[signal.Signals | None], gravest: str | None
+) -> None:
+    found = on_ranks(3, partial(agree_twice, arrived=arrived))
+    assert found == [(None, gravest, gravest)] * 3
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:
