@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, for tests and storms: a controller, several node daemons, munge of its own.
+"""A real Slurm on this machine: a controller, several node daemons, munge of its own.
 
 Everything lies in one folder and listens on ports of its own; what is stopped is stopped by the
 process that was started. Slurm's programs come from Debian's packages munge, slurmctld, slurmd and
@@ -9,6 +9,7 @@ import contextlib
 import getpass
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
@@ -103,14 +104,14 @@ class Lab:
         (self.folder / "state").mkdir(parents=True)
         key = self.folder / "munge.key"
         key.touch(mode=0o400)
-        key.write_bytes(random.randbytes(1024))
+        key.write_bytes(secrets.token_bytes(1024))
         self._write_configuration()
         words = ["munged", "--force", "--foreground", f"--key-file={key}"]
         words += [
             f"--{name}={self.folder}/munge.{name.partition('-')[0]}"
             for name in ("socket", "pid-file", "log-file", "seed-file")
         ]
-        self._munge = subprocess.Popen(
+        self._munge = subprocess.Popen(  # noqa: S603 - made here
             words, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self._wait((self.folder / "munge.socket").exists, 10)
@@ -140,7 +141,7 @@ class Lab:
 
     def slurm(self, *words: str) -> str:
         """Run one of Slurm's commands and return what it printed."""
-        return subprocess.run(
+        return subprocess.run(  # noqa: S603 - made here
             words, env=self.environment, capture_output=True, text=True, timeout=60, check=True
         ).stdout
 
@@ -151,9 +152,7 @@ class Lab:
 
     def start_controller(self) -> None:
         """Start the controller."""
-        subprocess.run(
-            ["slurmctld"], env=self.environment, check=True, capture_output=True, timeout=60
-        )
+        self.slurm("slurmctld")
 
     def kill_controller(self) -> None:
         """Kill the controller, as if its machine had lost power."""
@@ -161,13 +160,7 @@ class Lab:
 
     def start_node(self, name: str) -> None:
         """Start a node's daemon."""
-        subprocess.run(
-            ["slurmd", "-N", name],
-            env=self.environment,
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
+        self.slurm("slurmd", "-N", name)
 
     def kill_node(self, name: str, *, ranks_too: bool) -> list[int]:
         """Kill a node's daemon and its steps; return the processes of jobs that are left alive."""
@@ -193,11 +186,11 @@ class Lab:
                 os.mknod(self.folder / f"gpu{number}", 0o600 | 0o020000, os.makedev(1, 3))
             names = f"gpu[0-{self.gpus - 1}]" if self.gpus > 1 else "gpu0"
             (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/{names}\n")
-        for number in range(1, self.nodes + 1):
-            more.append(
-                f"NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 "
-                f"Port={port + number} CPUs={self.cpus} RealMemory=4000{resources} State=UNKNOWN"
-            )
+        more += [
+            f"NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 "
+            f"Port={port + number} CPUs={self.cpus} RealMemory=4000{resources} State=UNKNOWN"
+            for number in range(1, self.nodes + 1)
+        ]
         text = CONFIGURATION.format(
             host=host, user=getpass.getuser(), port=port, folder=self.folder, more="\n".join(more)
         )

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -61,6 +61,14 @@ LOST = re.compile(r"rank (\d+) \(pid (\d+)\) was lost \(SIGKILL\)")
 SILENT = re.compile(r"rank (\d+) \(host \S+, pid (\d+)\) has shown no sign of life")
 
 Kind = Literal["kill", "kill in training", "kill in save", "stop"]
+
+
+class Verified(Protocol):
+    """What is noted of checkpoints."""
+
+    checkpoints_verified: int
+    checkpoints_damaged: list[str]
+    checkpoints_gone: int
 
 
 @dataclass
@@ -211,7 +219,7 @@ class Storm:
             run = self._directory / f"run-{self.findings.runs}"
             self._suffer(run, blows)
             self.findings.runs += 1
-            self.findings.state_bitwise_equal += _same_state(run, self._quiet)
+            self.findings.state_bitwise_equal += same_state(run, self._quiet)
             shutil.rmtree(run)
         return self.findings
 
@@ -229,7 +237,7 @@ class Storm:
                 found.left_alive += len(attempt.alive())
             finally:
                 attempt.end_all()
-            _verify(before, published(run / "checkpoints"), found)
+            verify(before, published(run / "checkpoints"), found)
             if code == 0:
                 return
             if struck:
@@ -296,7 +304,14 @@ class Storm:
             time.sleep(self._chooser.uniform(0, 0.004))
 
 
-def _verify(before: list[Path], after: list[Path], findings: Findings) -> None:
+def verify(before: list[Path], after: list[Path], findings: Verified) -> None:
+    """Read every published checkpoint, and note what is wrong with them.
+
+    Args:
+        before: what was published before the blow, newest first.
+        after: what is published now.
+        findings: where it is noted.
+    """
     for path in after:
         try:
             read_checkpoint(path)
@@ -350,7 +365,8 @@ def _steps_lost(run: Path) -> int:
     return max([saved, *(record.step for record in read_records(run))]) - saved
 
 
-def _same_state(run: Path, reference: Path) -> bool:
+def same_state(run: Path, reference: Path) -> bool:
+    """Say whether two runs ended with the same bits."""
     ours = read_checkpoint(published(run / "checkpoints")[0])
     theirs = read_checkpoint(published(reference / "checkpoints")[0])
     return ours.examples == theirs.examples and _bits(ours.tensors) == _bits(theirs.tensors)

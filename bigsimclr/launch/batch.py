@@ -123,7 +123,14 @@ def is_loss(code: int) -> bool:
     return code == DistributedError.exit_code or code > KILLED
 
 
-def decide(code: int, signals: frozenset[str], facts: JobFacts | None, *, profile: Profile) -> Then:
+def decide(
+    code: int,
+    signals: frozenset[str],
+    facts: JobFacts | None,
+    *,
+    restart: int,
+    profile: Profile,
+) -> Then:
     """Say what becomes of a job whose ranks have ended unfinished.
 
     A job is requeued exactly once: by Slurm, where Slurm ends it for others or because of a node;
