@@ -15,7 +15,7 @@ from bigsimclr.engine.graph import GraphedGradients
 from bigsimclr.engine.loop import Evaluate, Intervals, Run, Trained, train
 from bigsimclr.engine.saving import Saver
 from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import RecipeError, Stopped, StorageError
+from bigsimclr.errors import DistributedError, RecipeError, Stopped, StorageError
 from bigsimclr.models import Architecture
 from bigsimclr.models.memory import save_memory
 from bigsimclr.models.norm import fuse_batch_norm
@@ -207,7 +207,8 @@ def _noted_attempt(
         why = stop.received or Stopped.__name__
         raise
     except BaseException as error:
-        why = type(error).__name__
+        is_loss = isinstance(error, RuntimeError) and world.size > 1 and world.is_loss(error)
+        why = DistributedError.__name__ if is_loss else type(error).__name__
         raise
     finally:
         with suppress(StorageError):  # whoever took the run over writes its attempts now

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from bigsimclr.engine.liveness import Pulse
 from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import RecipeError, Stopped, StorageError
+from bigsimclr.errors import NumericsError, RecipeError, Stopped, StorageError
 from bigsimclr.recipe import parse_recipe
 from bigsimclr.recipe.pipeline import plan_pipeline
 from bigsimclr.recipe.schema import PipelineRecipe
@@ -19,7 +21,9 @@ from bigsimclr.report.goodput import Goodput, goodput_of
 from bigsimclr.report.progress import Progress
 from bigsimclr.report.records import read_records
 from bigsimclr.stages.pipeline import run_pipeline
+from bigsimclr.stages.run_directory import ActiveRun, RunDirectory
 from bigsimclr.stages.single import run_stage
+from bigsimclr.stages.training import _noted_attempt
 from bigsimclr.world import ALONE, World
 from tests.distributed.ranks import on_ranks
 from tests.stages import tiny
@@ -101,6 +105,30 @@ def test_attempts_know_their_slurm_job(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     done = attempt(tmp_path)
     assert (done.job, done.restart) == ("41", 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "size", "why"),
+    [
+        (RuntimeError("Connection closed by peer [10.0.0.2]:7"), 2, "DistributedError"),
+        (RuntimeError("Connection closed by peer [10.0.0.2]:7"), 1, "RuntimeError"),
+        (RuntimeError("shapes differ"), 2, "RuntimeError"),
+        (NumericsError("nan"), 2, "NumericsError"),
+        (KeyboardInterrupt(), 2, "KeyboardInterrupt"),
+    ],
+)
+def test_a_lost_rank_is_told_from_other_errors(
+    tmp_path: Path, error: BaseException, size: int, why: str
+) -> None:
+    world = World(0, size, torch.device("cpu"))
+    pulse = Pulse(None, 0, size, hang_seconds=1.0, stacks=tmp_path / "stacks")
+    pulse.at("update", 5)
+    run = ActiveRun(RunDirectory(tmp_path), lambda: None, pulse)
+    noted = _noted_attempt(run, 2, newest=[], world=world, stop=StopRequest())
+    with pytest.raises(type(error)), noted:
+        raise error
+    (found,) = read_attempts(tmp_path)
+    assert (found.first_step, found.last_step, found.why) == (2, 5, why)
 
 
 def test_who_lost_the_run_writes_nothing_more(tmp_path: Path) -> None:
