@@ -140,6 +140,7 @@ def _job_lines(job: Job, profile: Profile, *, waits: bool) -> list[str]:
         nodes=("",) * profile.nodes,
         tasks=profile.world_size,
         cpus_per_task=str(profile.cpus_per_rank),
+        shell=0,
     )
     lines = [f"# batch script{f' of step {job.step}' * bool(job.step)}, in {job.folder}"]
     lines += script(job, profile, dependencies=needs).splitlines()

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -54,6 +53,7 @@ class Allocation:
     nodes: tuple[str, ...]
     tasks: int
     cpus_per_task: str  # empty where the job does not say
+    shell: int  # process that runs the batch script
 
 
 def own_allocation() -> Allocation:
@@ -77,6 +77,7 @@ def own_allocation() -> Allocation:
         nodes=nodes,
         tasks=int(scheduler.inherited("SLURM_NTASKS") or len(nodes)),
         cpus_per_task=scheduler.inherited("SLURM_CPUS_PER_TASK"),
+        shell=os.getppid(),
     )
 
 
@@ -101,20 +102,21 @@ def run_allocated(words: Sequence[str], *, profile: Profile, folder: Path, watch
     notes = folder / f"{job.name}-{job.restart}"
     shutil.rmtree(notes, ignore_errors=True)
     notes.mkdir(mode=0o700)
-    with _Requests(job.job) as requests:
-        code = _code(_run_tasks(words, job, profile, notes, requests), notes)
-        then: Then = "done" if code == 0 else "failed"
-        if code == Stopped.exit_code or is_loss(code):
-            facts = _patiently(lambda: scheduler.job_facts(job.job))
-            signals = requests.heard | signals_of(watched, notes, since=began)
-            then = decide(code, signals, facts, restart=job.restart, profile=profile)
-        if then == "requeued" and not log.may_restart(progress_of(watched), limit=limit):
-            log.end(job.restart, code, "failed")
-            raise DistributedError(
-                f"job {job.name} was restarted {limit} times without progress; not requeued"
-            )
+    requests = _Requests()
+    code = _code(_run_tasks(words, job, profile, notes, requests), notes)
+    then: Then = "done" if code == 0 else "failed"
+    if code == Stopped.exit_code or is_loss(code):
+        facts = _patiently(lambda: scheduler.job_facts(job.job))
+        signals = requests.heard | signals_of(watched, notes, since=began)
+        then = decide(code, signals, facts, restart=job.restart, profile=profile)
+    if then == "requeued" and not log.may_restart(progress_of(watched), limit=limit):
+        log.end(job.restart, code, "failed")
+        raise DistributedError(
+            f"job {job.name} was restarted {limit} times without progress; not requeued"
+        )
+    if then != "left behind":  # whose log is written by the later start now
         log.end(job.restart, code, then)
-        _carry_out(then, job)
+    _carry_out(then, job)
     return code
 
 
@@ -203,27 +205,26 @@ def _note(path: Path) -> Mapping[str, object]:
 
 
 class _Requests:
-    """Signals that come to the batch script alone, handed on to the ranks."""
+    """Signals that ask to stop and come to the batch script, perhaps to it alone.
 
-    def __init__(self, job: str) -> None:
-        self._job = job
+    Whoever ends the job for good does it with SIGKILL: the script stays deaf to the rest.
+    """
+
+    def __init__(self) -> None:
         self.heard: frozenset[str] = frozenset()
-        self._passed_on: frozenset[str] = frozenset()
-
-    def __enter__(self) -> "_Requests":
+        self._is_passed_on = False
         for number in (*FORWARDED, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._note)
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        """Stay deaf: whoever ends the job does it with SIGKILL."""
+    def pass_on(self, srun: subprocess.Popen[bytes]) -> None:
+        """Tell the ranks once, through srun.
 
-    def pass_on(self) -> None:
-        """Send what has come to the ranks, which may not have got it."""
-        for name in self.heard - self._passed_on:
-            self._passed_on |= {name}
-            with suppress(DistributedError):  # the job is ending, and they have got it
-                scheduler.signal_tasks(self._job, name)
+        It hands SIGUSR2 on to all tasks; at SIGTERM it would kill them. Not through scancel, which
+        tries again until the job runs, and would stop the start that comes after this one.
+        """
+        if self.heard & WISHES and not self._is_passed_on:
+            self._is_passed_on = True
+            srun.send_signal(signal.SIGUSR2)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.heard |= {signal.Signals(number).name}
@@ -258,7 +259,7 @@ def _run_tasks(
     )
     while srun.poll() is None:
         time.sleep(POLL_SECONDS)
-        requests.pass_on()
+        requests.pass_on(srun)
     return srun.returncode if srun.returncode >= 0 else KILLED - srun.returncode
 
 
@@ -304,9 +305,11 @@ def _carry_out(then: Then, job: Allocation) -> None:
 
 
 def _wait_for_the_end(job: Allocation) -> None:
-    """Wait until Slurm kills this process."""
+    """Wait until Slurm ends this process, or the shell that runs the batch script."""
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
+        if os.getppid() != job.shell:
+            return
         time.sleep(POLL_SECONDS)
     _say(f"Slurm did not end job {job.name} in {PATIENCE_SECONDS:g} s")
 

@@ -147,15 +147,6 @@ def cancel(jobs: Sequence[str]) -> None:
     ask(["scancel", *jobs])
 
 
-def signal_tasks(job: str, name: str) -> None:
-    """Send a signal to the tasks of a job, not to its batch script.
-
-    Raises:
-        DistributedError: Slurm refused.
-    """
-    ask(["scancel", f"--signal={name.removeprefix('SIG')}", job])
-
-
 def partitions() -> Mapping[str, Mapping[str, str]]:
     """Return the partitions with their settings, as `scontrol show partition` names them.
 
