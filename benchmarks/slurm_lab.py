@@ -106,15 +106,7 @@ class Lab:
         key.touch(mode=0o400)
         key.write_bytes(secrets.token_bytes(1024))
         self._write_configuration()
-        words = ["munged", "--force", "--foreground", f"--key-file={key}"]
-        words += [
-            f"--{name}={self.folder}/munge.{name.partition('-')[0]}"
-            for name in ("socket", "pid-file", "log-file", "seed-file")
-        ]
-        self._munge = subprocess.Popen(  # noqa: S603 - made here
-            words, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        self._wait((self.folder / "munge.socket").exists, 10)
+        self.start_munge()
         self.start_controller()
         for number in range(1, self.nodes + 1):
             self.start_node(f"node{number}")
@@ -135,6 +127,22 @@ class Lab:
         for number in range(1, self.nodes + 1):
             self._kill(f"slurmd-node{number}.pid", signal.SIGTERM)
         self._kill("slurmctld.pid", signal.SIGTERM)
+        self.stop_munge()
+
+    def start_munge(self) -> None:
+        """Start the daemon that all others sign their messages with."""
+        words = ["munged", "--force", "--foreground", f"--key-file={self.folder}/munge.key"]
+        words += [
+            f"--{name}={self.folder}/munge.{name.partition('-')[0]}"
+            for name in ("socket", "pid-file", "log-file", "seed-file")
+        ]
+        self._munge = subprocess.Popen(  # noqa: S603 - made here
+            words, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self._wait((self.folder / "munge.socket").exists, 10)
+
+    def stop_munge(self) -> None:
+        """Stop it."""
         if self._munge is not None:
             self._munge.terminate()
             self._munge.wait(10)
@@ -164,7 +172,7 @@ class Lab:
 
     def kill_node(self, name: str, *, ranks_too: bool) -> list[int]:
         """Kill a node's daemon and its steps; return the processes of jobs that are left alive."""
-        tasks = list(processes_of(name))
+        tasks = list(self.processes(name))
         parents = {_parent(pid) for pid in tasks}
         daemons = {pid for pid in parents if _name(pid).startswith("slurmstepd")}
         self._kill(f"slurmd-{name}.pid", signal.SIGKILL)
@@ -172,6 +180,18 @@ class Lab:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return [] if ranks_too else tasks
+
+    def processes(self, node: str) -> Iterator[int]:
+        """Find the processes that jobs run on a node."""
+        wanted = {
+            f"SLURMD_NODENAME={node}".encode(),
+            f"SLURM_CONF={self.folder}/slurm.conf".encode(),
+        }
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with contextlib.suppress(OSError):
+                    if wanted <= set((entry / "environ").read_bytes().split(b"\0")):
+                        yield int(entry.name)
 
     def _write_configuration(self) -> None:
         host, port = socket.gethostname().partition(".")[0], _free_ports(1 + self.nodes)
@@ -225,16 +245,6 @@ def lab(folder: Path, **facts: int) -> Iterator[Lab]:
         yield made
     finally:
         made.down()
-
-
-def processes_of(node: str) -> Iterator[int]:
-    """Find the processes that jobs run on a node of the lab."""
-    wanted = f"SLURMD_NODENAME={node}".encode()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    yield int(entry.name)
 
 
 def _parent(pid: int) -> int:

@@ -6,8 +6,9 @@ A real Slurm of three nodes is started on this machine. A pretraining recipe is 
 them with `bigsimclr submit`. While it trains, one event after the other strikes: the warning
 signal, the time limit, preemption by a higher partition, `scontrol requeue`, the loss of a node
 (its daemon and its step are killed; its rank too, or it lives on), a controller that is killed and
-comes back, `scancel`. Each run must go on by itself where it was, or after scancel by the same `submit` only,
-until it is finished; its last checkpoint must be, bit for bit, that of a run nobody disturbed.
+comes back, `scancel`. Each run must go on by itself where it was, or after scancel by the same
+`submit` only, until it is finished; its last checkpoint must be, bit for bit, that of a run nobody
+disturbed.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from benchmarks.machine import machine
-from benchmarks.slurm_lab import Lab, lab, missing, processes_of
+from benchmarks.slurm_lab import Lab, lab, missing
 from benchmarks.storm_ranks import GLOBAL_BATCH, RECIPE, SAVE_EVERY, same_state, verify
 from bigsimclr.engine.checkpoint import published
 from bigsimclr.launch.jobs import jobs_of
@@ -44,7 +45,7 @@ PROFILE: Final = """\
 nodes: 2
 time: 02:00:00
 partition: low
-signal_seconds: 10
+signal_seconds: 58
 """
 PATIENCE: Final = 240.0  # seconds that anything may take
 DEAD_SECONDS: Final = 15.0  # that a cancelled job is watched for
@@ -232,7 +233,7 @@ class Storm:
         attempts = read_attempts(run)
         newest = [path.name for path in published(run / "checkpoints")]
         time.sleep(2.0)
-        left = [pid for number in (1, 2, 3) for pid in processes_of(f"node{number}")]
+        left = [pid for number in (1, 2, 3) for pid in self._lab.processes(f"node{number}")]
         signs = {
             "records out of order": any(b < a for a, b in pairwise(steps)),
             "attempts that overlap": any(b.began < (a.ended or 0.0) for a, b in pairwise(attempts)),

@@ -32,6 +32,8 @@ T = TypeVar("T")
 POLL_SECONDS: Final = 0.2
 LINGER_SECONDS: Final = 60
 """Seconds that the other tasks get after the first one ended; the report is written in them."""
+WAITS: Final = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0, 30.0)
+"""Seconds between questions that Slurm did not answer."""
 PATIENCE_SECONDS: Final = 900.0
 """Longest wait for Slurm to end a job that it wants to end."""
 FORWARDED: Final = (signal.SIGTERM, signal.SIGUSR2)
@@ -105,18 +107,20 @@ def run_allocated(words: Sequence[str], *, profile: Profile, folder: Path, watch
     requests = _Requests()
     code = _code(_run_tasks(words, job, profile, notes, requests), notes)
     then: Then = "done" if code == 0 else "failed"
+    signals: frozenset[str] = frozenset()
     if code == Stopped.exit_code or is_loss(code):
-        facts = _patiently(lambda: scheduler.job_facts(job.job))
         signals = requests.heard | signals_of(watched, notes, since=began)
-        then = decide(code, signals, facts, restart=job.restart, profile=profile)
+        then = _patiently(lambda: _decision(code, signals, job, profile))
     if then == "requeued" and not log.may_restart(progress_of(watched), limit=limit):
         log.end(job.restart, code, "failed")
         raise DistributedError(
             f"job {job.name} was restarted {limit} times without progress; not requeued"
         )
+    if then == "requeued":
+        then = _requeue(lambda: _decision(code, signals, job, profile), job)
     if then != "left behind":  # whose log is written by the later start now
         log.end(job.restart, code, then)
-    _carry_out(then, job)
+    _say_what_follows(then, job)
     return code
 
 
@@ -281,17 +285,37 @@ def srun_words(job: Allocation, profile: Profile) -> list[str]:
     return words
 
 
-def _carry_out(then: Then, job: Allocation) -> None:
-    """Requeue the job, or wait for Slurm to end it."""
+def _decision(code: int, signals: frozenset[str], job: Allocation, profile: Profile) -> Then:
+    facts = scheduler.job_facts(job.job)
+    return decide(code, signals, facts, restart=job.restart, profile=profile)
+
+
+def _requeue(decision: Callable[[], Then], job: Allocation) -> Then:
+    """Requeue the job, unless somebody cancels it meanwhile; return what became of it.
+
+    Raises:
+        Stopped: Slurm did not do it.
+    """
+
+    def attempt() -> Then:
+        then = decision()
+        if then == "requeued":
+            scheduler.requeue(job.job)
+        return then
+
+    try:
+        return _patiently(attempt)
+    except DistributedError as error:
+        raise Stopped(
+            f"job {job.name} has saved its state and could not be requeued ({error}); "
+            "bigsimclr submit continues it"
+        ) from error
+
+
+def _say_what_follows(then: Then, job: Allocation) -> None:
+    """Tell the log what becomes of the job, and let Slurm end it where Slurm has to."""
     match then:
         case "requeued":
-            try:
-                scheduler.requeue(job.job)
-            except DistributedError as error:
-                raise Stopped(
-                    f"job {job.name} has saved its state and could not be requeued ({error}); "
-                    "bigsimclr submit continues it"
-                ) from error
             _say(f"job {job.name} is requeued, and continues when it starts again")
             _wait_for_the_end(job)
         case "preempted":
@@ -316,7 +340,7 @@ def _wait_for_the_end(job: Allocation) -> None:
 
 def _patiently(question: Callable[[], T]) -> T:
     """Ask Slurm until it answers: its controller may be restarting."""
-    for wait in scheduler.REQUEUE_WAITS:
+    for wait in WAITS:
         try:
             return question()
         except DistributedError as error:

@@ -94,9 +94,7 @@ def _preemption(settings: Mapping[str, str]) -> str:
         return "none"
     told = settings.get("PreemptParameters", "") + settings.get("SlurmctldParameters", "")
     first = "SIGUSR2 and SIGTERM" if "send_user_signal" in told else "SIGTERM"
-    text = (
-        f"{kind.removeprefix('preempt/')}, {mode.lower()}; a run gets {first}, and saves at either"
-    )
+    text = f"{kind.removeprefix('preempt/')}, {mode.lower()}; a run gets {first}, and saves"
     if "REQUEUE" not in mode:
         text += "; where it cancels, submit again by hand"
     return text

@@ -14,7 +14,7 @@ from typing import Final
 
 from bigsimclr.errors import DistributedError, RecipeError
 from bigsimclr.launch import scheduler
-from bigsimclr.launch.jobs import FOLDER, job_folder, jobs_of
+from bigsimclr.launch.jobs import FOLDER, SubmittedJob, job_folder, jobs_of
 from bigsimclr.launch.restarts import RestartLog, last_end
 from bigsimclr.launch.scheduler import QueuedJob
 from bigsimclr.recipe.yaml_tree import show
@@ -110,7 +110,7 @@ def _line(run: Path, folder: Path, active: Mapping[str, QueuedJob]) -> RunLine:
     return RunLine(
         run=str(run.relative_to(folder)) if run != folder else str(run),
         job=",".join(shown),
-        state=_state(run, [active[number] for number in working], shown, is_finished=is_finished),
+        state=_state(run, [active[number] for number in working], jobs, is_finished=is_finished),
         done=done,
         total=total,
         loss=records[-1].values["train/loss"] if records else None,
@@ -128,15 +128,17 @@ def _parts(run: Path) -> list[Path]:
         return [run]
 
 
-def _state(run: Path, queued: list[QueuedJob], jobs: list[str], *, is_finished: bool) -> str:
+def _state(
+    run: Path, queued: list[QueuedJob], jobs: list[SubmittedJob], *, is_finished: bool
+) -> str:
     if is_finished and not queued:
         return "finished"
     if queued:
         first = next((job for job in queued if job.state == "RUNNING"), queued[0])
         reason = "" if first.reason in ("", "None") else f" ({first.reason})"
         return first.state.lower() + (reason if first.state != "RUNNING" else "")
-    for job in jobs:
-        ended = last_end(job_folder(run), job)
+    for job in reversed(jobs):
+        ended = last_end(job_folder(run), job.number)
         if ended is not None:
             return ended
     return "not running"

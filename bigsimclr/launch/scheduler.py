@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,8 +14,6 @@ from bigsimclr.recipe.yaml_tree import show
 
 ANSWER_SECONDS: Final = 30.0
 """Time that one command may take: without its controller, Slurm's commands wait for minutes."""
-REQUEUE_WAITS: Final = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0, 30.0)
-"""Seconds between the attempts to requeue a job: a controller may be restarting."""
 ENDING: Final = ("COMPLETING", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "REQUEUED")
 """States in which Slurm is already taking the job's processes away."""
 _FIELD: Final = re.compile(r"(\S+?)=(.*?)(?=\s\S+?=|$)")
@@ -122,20 +119,14 @@ def requeue(job: str) -> None:
     """Put a running job back into the queue; its processes are ended by Slurm.
 
     Raises:
-        DistributedError: Slurm refused, or did not answer for minutes.
+        DistributedError: Slurm refused, or does not answer.
     """
-    for wait in (*REQUEUE_WAITS, None):
-        try:
-            ask(["scontrol", "requeue", job])
-        except DistributedError as error:
-            # An attempt whose answer was lost may have done it.
-            if "pending execution" in str(error).lower():
-                return
-            if wait is None:
-                raise
-            time.sleep(wait)
-        else:
-            return
+    try:
+        ask(["scontrol", "requeue", job])
+    except DistributedError as error:
+        # An earlier try, whose answer was lost, has done it.
+        if "pending execution" not in str(error).lower():
+            raise
 
 
 def cancel(jobs: Sequence[str]) -> None:

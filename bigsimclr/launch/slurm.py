@@ -95,8 +95,10 @@ def submit(
 
 
 def _executor(job: Job, profile: Profile, dependencies: Sequence[str]) -> _Executor:
-    python = None if profile.python is None else shlex.quote(str(profile.python))
-    executor = _Executor(folder=job.folder, python=python)
+    # The shell becomes the job, so that signals to the batch script reach it, and nobody is left
+    # behind when Slurm ends the script.
+    python = shlex.quote(sys.executable if profile.python is None else str(profile.python))
+    executor = _Executor(folder=job.folder, python=f"exec {python}")
     extra: dict[str, object] = {
         "signal": f"USR2@{profile.signal_seconds}",
         "requeue" if profile.requeue else "no-requeue": True,

@@ -262,7 +262,9 @@ def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
     active = scheduler.queue()
     found = []
     for run in runs:
-        numbers = [job.number for job in jobs_of(run) if job.number in active]
+        inner = [path for path in run.iterdir() if path.is_dir()] if run.is_dir() else []
+        jobs = jobs_of(run) or [job for path in inner for job in jobs_of(path)]  # of a sweep
+        numbers = [job.number for job in jobs if job.number in active]
         if not numbers and not (run / "result.json").exists() and not _is_done(run):
             raise RecipeError(f"--after {run}: no job works on it, and it is not finished")
         found += numbers
@@ -270,10 +272,11 @@ def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
 
 
 def _is_done(run: Path) -> bool:
-    """Say whether a pipeline has finished."""
+    """Say whether a pipeline or a sweep has finished."""
     path = run / "pipeline.json"
     if not path.is_file():
-        return False
+        swept = list(run.glob(f"*/{job_folder(Path())}/jobs.jsonl"))
+        return bool(swept) and all((p.parents[1] / "result.json").exists() for p in swept)
     steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
     return all(
         (run / planned["path"] / "result.json").exists()
