@@ -260,7 +260,7 @@ def test_a_cancelled_run_stays_cancelled(user: User) -> None:
 
 def test_a_batch_script_of_ones_own(user: User) -> None:
     script = user.folder / "own.sbatch"
-    command = f"{sys.executable} -m bigsimclr srun {user.recipe(2000)} --out run"
+    command = f"{sys.executable} -m bigsimclr srun {user.recipe(2000)} --out {user.folder}/run"
     script.write_text(f"#!/bin/bash\nexec {command}\n")
     words = ["--nodes=2", "--ntasks-per-node=1", "--requeue", "--open-mode=append"]
     log = user.folder / "own.log"
