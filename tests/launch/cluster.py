@@ -1,8 +1,14 @@
 """A cluster's commands as small shell scripts, and texts that would like to be commands."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+
+from bigsimclr.errors import BigSimCLRError
+
+T = TypeVar("T")
 
 PROFILE = "time: 02:00:00\n"
 
@@ -33,6 +39,16 @@ def answer(text: str) -> str:
 def refusal(program: str, text: str) -> str:
     """Return a script that complains as Slurm's commands do, and fails."""
     return f"echo '{program}: error: {text}' >&2; exit 1"
+
+
+def outcome(call: Callable[[], T]) -> tuple[T | None, str]:
+    """Return what a call returns, or None and what it says instead, which is one clean line."""
+    try:
+        return call(), ""
+    except BigSimCLRError as error:
+        text = str(error)
+    assert text.isprintable(), text
+    return None, text
 
 
 _PIECES = (
