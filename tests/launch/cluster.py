@@ -42,12 +42,12 @@ def refusal(program: str, text: str) -> str:
 
 
 def outcome(call: Callable[[], T]) -> tuple[T | None, str]:
-    """Return what a call returns, or None and what it says instead, which is one clean line."""
+    """Return what a call returns, or None and what it says instead, in clean lines."""
     try:
         return call(), ""
     except BigSimCLRError as error:
         text = str(error)
-    assert text.isprintable(), text
+    assert all(line.isprintable() for line in text.split("\n")), text
     return None, text
 
 
