@@ -14,7 +14,7 @@ from typing import Final
 
 from bigsimclr.errors import DistributedError, RecipeError
 from bigsimclr.launch import scheduler
-from bigsimclr.launch.jobs import FOLDER, SubmittedJob, job_folder, jobs_of
+from bigsimclr.launch.jobs import FOLDER, SubmittedJob, job_folder, jobs_of, parts_of
 from bigsimclr.launch.restarts import RestartLog, last_end
 from bigsimclr.launch.scheduler import QueuedJob
 from bigsimclr.recipe.yaml_tree import show
@@ -93,7 +93,7 @@ def _runs(folder: Path, depth: int) -> Iterator[Path]:
 def _line(run: Path, folder: Path, active: Mapping[str, QueuedJob]) -> RunLine:
     jobs = jobs_of(run)
     working = [job.number for job in jobs if job.number in active]
-    parts = _parts(run)
+    parts = parts_of(run)
     newest = max(parts, key=lambda part: _modified(part / "metrics.jsonl"), default=run)
     records = [record for record in read_records(newest) if "train/loss" in record.values]
     done: int | None
@@ -117,15 +117,6 @@ def _line(run: Path, folder: Path, active: Mapping[str, QueuedJob]) -> RunLine:
         seconds_left=left,
         restarts=sum(RestartLog(job_folder(run), job.number).restarts() for job in jobs),
     )
-
-
-def _parts(run: Path) -> list[Path]:
-    """Return the runs that a run consists of: itself, or those of a pipeline."""
-    try:
-        steps = json.loads((run / "pipeline.json").read_text(encoding="utf-8"))["steps"]
-        return [run / str(planned["path"]) for step in steps for planned in step["runs"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return [run]
 
 
 def _state(
