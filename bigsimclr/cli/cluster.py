@@ -66,13 +66,14 @@ def submit(
     command submits again what is not finished.
     """
     from bigsimclr.launch.profile import load_profile
-    from bigsimclr.launch.submission import plan_submission
+    from bigsimclr.launch.submission import check_shares, plan_submission
     from bigsimclr.recipe import run_name
 
     profile = load_profile(on, setting or [])
     changes, before = overrides or [], after or []
     directory = out if out is not None else Path("runs") / run_name(recipe).replace("/", "-")
     planned = plan_submission(recipe, changes, out=directory, sweep=array or [], waits=bool(before))
+    check_shares(planned, profile)
     if dry_run:
         from bigsimclr.checking.allocation import dry_run_text
 

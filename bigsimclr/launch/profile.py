@@ -5,7 +5,6 @@ reads quotes in its own way, and a line break would start a command on the clust
 """
 
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -14,6 +13,7 @@ from pydantic import AfterValidator, NonNegativeInt, PositiveInt, model_validato
 from bigsimclr.errors import RecipeError
 from bigsimclr.recipe.keys import nearest
 from bigsimclr.recipe.loader import Overrides, load_section
+from bigsimclr.recipe.names import is_file
 from bigsimclr.recipe.sections import Section, UserPath
 from bigsimclr.recipe.yaml_tree import show
 
@@ -210,9 +210,8 @@ def find_profile(name: str | Path) -> Path:
     Raises:
         RecipeError: there is no such file and no such name.
     """
-    with suppress(OSError):  # a name too long for a file
-        if Path(name).is_file():
-            return Path(name)
+    if is_file(Path(name)):
+        return Path(name)
     shipped = {file.stem: file for file in sorted(profiles_folder().glob("*.yaml"))}
     plain = str(name).removesuffix(".yaml").removeprefix("slurm/")
     if plain in shipped:

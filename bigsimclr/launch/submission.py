@@ -34,7 +34,8 @@ from bigsimclr.recipe.loader import (
 )
 from bigsimclr.recipe.names import find_recipe
 from bigsimclr.recipe.pipeline import PlannedRun, missing_inputs, plan_pipeline
-from bigsimclr.recipe.schema import AnyStage, PipelineRecipe
+from bigsimclr.recipe.plan import share_batch
+from bigsimclr.recipe.schema import AnyStage, KnnRecipe, PipelineRecipe
 from bigsimclr.recipe.yaml_tree import read_value, show
 from bigsimclr.storage import publish
 
@@ -73,6 +74,7 @@ class Submission:
     out: Path
     jobs: tuple[Job, ...]
     finished: tuple[str, ...]  # steps that need no job any more
+    recipes: tuple[AnyStage, ...]  # of all runs that are not finished
     pipeline: PipelineRecipe | None
     source: Path
 
@@ -107,7 +109,8 @@ def plan_submission(
             raise RecipeError("--array: a pipeline has grids of its own; use those of its steps")
         runs = plan_pipeline(recipe, source=file, overrides=parse_overrides(changes), directory=out)
         jobs, finished = _steps(recipe, runs, changes, out)
-        return Submission(out, jobs, finished, recipe, file)
+        recipes = tuple(run.recipe for run in runs if run.step not in finished)
+        return Submission(out, jobs, finished, recipes, recipe, file)
     points = _points(sweep)
     loaded = [(label, texts, load_recipe(file, [*changes, *texts])) for label, texts in points]
     elements = [
@@ -119,7 +122,19 @@ def plan_submission(
     if missing:
         raise DataError("\n".join(dict.fromkeys(missing)))
     job = Job("", _name(out), job_folder(out), tuple(elements), ())
-    return Submission(out, (job,), (), None, file)
+    recipes = tuple(stage for *_, stage in loaded if not isinstance(stage, PipelineRecipe))
+    return Submission(out, (job,), (), recipes, None, file)
+
+
+def check_shares(submission: Submission, profile: Profile) -> None:
+    """Refuse recipes that the profile's ranks could not share, before they wait in a queue.
+
+    Raises:
+        RecipeError: a global batch does not divide.
+    """
+    for recipe in submission.recipes:
+        if not isinstance(recipe, KnnRecipe):
+            share_batch(recipe, world_size=profile.world_size)
 
 
 def check_path(path: Path, key: str) -> None:

@@ -72,7 +72,7 @@ def test_profiles(user: User) -> None:
     for field in FIELDS:
         for text in _hostile(user.folder):
             value = json.dumps([text] if field == "modules" else text)
-            words = ["submit", user.recipe(2), "--out", f"run{tried}", "--on", "two.yaml"]
+            words = ["submit", user.recipe(8), "--out", f"run{tried}", "--on", "two.yaml"]
             words += [
                 "--set",
                 f"{field}={value}",
@@ -110,7 +110,7 @@ def test_paths(user: User) -> None:
     accepted = []
     for number, text in enumerate(_hostile(user.folder)):
         out = f"runs{number}/{text.replace('/', '_')}"
-        words = ["submit", user.recipe(2), "--out", out, "--on", "two.yaml"]
+        words = ["submit", user.recipe(8), "--out", out, "--on", "two.yaml"]
         done = CliRunner().invoke(app, words)
         if done.exit_code == 0:
             accepted.append(out)
