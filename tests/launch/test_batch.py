@@ -5,13 +5,12 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from bigsimclr.errors import DistributedError, RecipeError, Stopped
-from bigsimclr.launch import batch, scheduler
+from bigsimclr.launch import batch
 from bigsimclr.launch.batch import (
     Allocation,
     decide,
@@ -204,7 +203,7 @@ def test_what_the_ranks_agreed_on_counts_more_than_their_notes(tmp_path: Path) -
 
 
 def allocation(tasks: int = 16, cpus: str = "12") -> Allocation:
-    return Allocation("77", "77", 0, ("n1", "n2"), tasks, cpus)
+    return Allocation("77", "77", 0, ("n1", "n2"), tasks, cpus, os.getppid())
 
 
 def test_srun_starts_one_task_for_each_rank() -> None:
@@ -266,20 +265,20 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
     monkeypatch.delenv("SLURM_PROCID", raising=False)
-    monkeypatch.setattr(scheduler, "REQUEUE_WAITS", (0.0,))
+    monkeypatch.setattr(batch, "WAITS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(batch, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(batch, "POLL_SECONDS", 0.01)
     return install(tmp_path, monkeypatch, scontrol=SCONTROL, scancel="true", srun="exit 0")
 
 
 def test_a_job_knows_what_it_has(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert own_allocation() == Allocation("14", "14", 2, ("n1", "n2"), 4, "3")
+    assert own_allocation() == Allocation("14", "14", 2, ("n1", "n2"), 4, "3", os.getppid())
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert own_allocation() == Allocation("14", "12_3", 2, ("n1", "n2"), 4, "3")
+    assert own_allocation() == Allocation("14", "12_3", 2, ("n1", "n2"), 4, "3", os.getppid())
     for name in ("SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name)
-    assert own_allocation() == Allocation("14", "12_3", 0, ("n1", "n2"), 2, "")
+    assert own_allocation() == Allocation("14", "12_3", 0, ("n1", "n2"), 2, "", os.getppid())
 
 
 @pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"])
@@ -421,16 +420,40 @@ def test_a_job_that_cannot_be_requeued_says_so(slurm: Path, tmp_path: Path) -> N
         run(tmp_path)
 
 
-def test_a_signal_to_the_script_alone_is_passed_on(slurm: Path, tmp_path: Path) -> None:
-    """The rank here waits for the scancel that hands it on."""
-    wait = f'while ! grep -q scancel "{slurm}"; do sleep 0.02; done'
-    parent = f"kill -USR2 {os.getpid()}"
-    srun_says(tmp_path, f"{parent}; {wait}; {rank(75)}")
-    began = time.monotonic()
+@pytest.mark.parametrize(("name", "then"), [("USR2", "requeued"), ("TERM", "stopped")])
+def test_a_signal_to_the_script_alone_is_passed_on(
+    slurm: Path, tmp_path: Path, name: str, then: str
+) -> None:
+    """The rank here waits for the SIGUSR2 by which srun hands a wish on."""
+    wait = "trap 'heard=1' USR2; while [ -z \"$heard\" ]; do sleep 0.02; done"
+    parent = f"kill -{name} {os.getpid()}"
+    srun_says(tmp_path, f"{wait.partition(';')[0]}; {parent}; {wait}; {rank(75, 'SIGUSR2')}")
     assert run(tmp_path) == 75
-    assert time.monotonic() - began < 60
-    assert slurm.read_text().count("scancel --signal=USR2 14\n") == 1
+    assert events(tmp_path)[-1] == ("ended", 75, then)
+
+
+def test_a_controller_that_is_away_is_asked_again(slurm: Path, tmp_path: Path) -> None:
+    away = "echo 'Unable to contact slurm controller' >&2; exit 1"
+    once = f'if [ ! -e "{tmp_path}/asked" ]; then touch "{tmp_path}/asked"; {away}; fi'
+    scontrol = tmp_path / "programs" / "scontrol"
+    body = SCONTROL.replace('*"show job"*)', f'*"show job"*) {once};')
+    scontrol.write_text(f'#!/bin/sh\necho "scontrol $*" >> "{slurm}"\n{body}\n')
+    srun_says(tmp_path, rank(75, "SIGUSR2"))
+    assert run(tmp_path) == 75
+    assert slurm.read_text().count("scontrol requeue 14\n") == 1
     assert events(tmp_path)[-1] == ("ended", 75, "requeued")
+
+
+def test_a_job_cancelled_meanwhile_is_not_requeued(slurm: Path, tmp_path: Path) -> None:
+    """Between two questions somebody cancels it."""
+    scontrol = tmp_path / "programs" / "scontrol"
+    flip = f'if [ -e "{tmp_path}/asked" ]; then STATE=CANCELLED; fi; touch "{tmp_path}/asked"'
+    body = SCONTROL.replace('*"show job"*)', f'*"show job"*) {flip};')
+    scontrol.write_text(f'#!/bin/sh\necho "scontrol $*" >> "{slurm}"\n{body}\n')
+    srun_says(tmp_path, rank(75, "SIGUSR2"))
+    assert run(tmp_path) == 75
+    assert "requeue" not in slurm.read_text()
+    assert events(tmp_path)[-1] == ("ended", 75, "ended by Slurm")
 
 
 def test_a_first_node_that_is_not_here(

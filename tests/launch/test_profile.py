@@ -309,7 +309,7 @@ def test_the_python_of_the_nodes(file: Path, tmp_path: Path) -> None:
         if profile is not None:
             made = script_of(profile, tmp_path)
             assert len(made) == len(usual)
-            assert shlex.split(made[-1]) == [str(profile.python), *rest]
+            assert shlex.split(made[-1]) == ["exec", str(profile.python), *rest]
             assert not str(profile.python).startswith("-")
     home = load_profile(file, {"python": "~/venv/bin/python"}).python
     assert home == Path.home() / "venv/bin/python"
@@ -321,7 +321,7 @@ def test_what_is_no_program(file: Path, text: str) -> None:
 
 
 def test_texts_of_a_container_are_single_words_of_srun(file: Path, tmp_path: Path) -> None:
-    given = Allocation("1", "1", 0, ("n1",), 1, "1")
+    given = Allocation("1", "1", 0, ("n1",), 1, "1", 0)
     usual = script_of(load_profile(file), tmp_path)
     for text in HOSTILE:
         for key, value in (("image", text), ("mounts", [text]), ("python", text)):

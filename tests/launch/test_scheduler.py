@@ -1,6 +1,5 @@
 """Slurm's answers, as its own commands print them, and what is made of its silence."""
 
-import time
 from datetime import datetime
 from pathlib import Path
 
@@ -28,11 +27,6 @@ JOB = (
     "StdErr=/a b/slurm/4711_0_log.out StdIn=/dev/null StdOut=/a b/slurm/4711_0_log.out Power="
 )
 ENDS = datetime(2026, 5, 4, 10, 5).timestamp()  # noqa: DTZ001 - Slurm tells local time
-
-
-@pytest.fixture(autouse=True)
-def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "REQUEUE_WAITS", (0.0, 0.0, 0.0))
 
 
 def changed(**fields: str) -> str:
@@ -206,44 +200,16 @@ def test_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-# --- requeue, cancel, signal ----------------------------------------------------------------------
+# --- requeue, cancel ------------------------------------------------------------------------------
 
 CONTACT = "slurm_update error: Unable to contact slurm controller (connect failure)"
 
 
-def failing_first(times: int, folder: Path) -> str:
-    count = folder / "count"
-    return (
-        f'echo x >> "{count}"; if [ $(wc -l < "{count}") -le {times} ]; '
-        f"then echo '{CONTACT}' >&2; exit 1; fi"
-    )
-
-
-def test_requeue_is_tried_until_the_controller_is_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = install(tmp_path, monkeypatch, scontrol=failing_first(3, tmp_path))
-    scheduler.requeue("12")
-    assert calls.read_text() == "scontrol requeue 12\n" * 4
-
-
-def test_requeue_gives_up_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = install(tmp_path, monkeypatch, scontrol=failing_first(4, tmp_path))
+def test_requeue_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = install(tmp_path, monkeypatch, scontrol=f"echo '{CONTACT}' >&2; exit 1")
     with pytest.raises(DistributedError, match="Slurm refuses: slurm_update error: Unable to con"):
         scheduler.requeue("12")
-    assert calls.read_text() == "scontrol requeue 12\n" * 4
-
-
-def test_requeue_waits_between_its_attempts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(scheduler, "REQUEUE_WAITS", (1.0, 2.0, 4.0))
-    really_sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda s: waits.append(s) if s >= 1 else really_sleep(s))
-    install(tmp_path, monkeypatch, scontrol=failing_first(2, tmp_path))
-    scheduler.requeue("12")
-    assert waits == [1.0, 2.0]
+    assert calls.read_text() == "scontrol requeue 12\n"
 
 
 def test_a_job_that_waits_already_is_requeued(
@@ -255,11 +221,10 @@ def test_a_job_that_waits_already_is_requeued(
     assert calls.read_text() == "scontrol requeue 12\n"
 
 
-def test_cancel_and_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = install(tmp_path, monkeypatch, scancel="true")
     scheduler.cancel(["12", "13_1"])
-    scheduler.signal_tasks("12", "SIGUSR2")
-    assert calls.read_text() == "scancel 12 13_1\nscancel --signal=USR2 12\n"
+    assert calls.read_text() == "scancel 12 13_1\n"
 
 
 # --- no answer, and words of refusal --------------------------------------------------------------
