@@ -25,7 +25,6 @@ from bigsimclr.launch.profile import Profile
 from bigsimclr.launch.restarts import RestartLog, progress_of
 from bigsimclr.launch.scheduler import JobFacts
 from bigsimclr.report.attempts import FILE_NAME as ATTEMPTS, read_attempts
-from bigsimclr.world import own_job
 
 T = TypeVar("T")
 
@@ -61,6 +60,8 @@ def own_allocation() -> Allocation:
     Raises:
         RecipeError: this is no batch script of Slurm.
     """
+    from bigsimclr.world import own_job  # loads torch; dry runs do not
+
     job, number = own_job(), scheduler.inherited("SLURM_JOB_ID")
     listed = scheduler.inherited("SLURM_JOB_NODELIST")
     if job is None or not listed or scheduler.inherited("SLURM_PROCID", "0") != "0":

@@ -1,5 +1,6 @@
 """Recipes by name: the ones that ship with the package, and files."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from bigsimclr.errors import RecipeError
@@ -34,14 +35,16 @@ def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
     """
     files = [Path(name)] if beside is None else [beside / name, beside / f"{name}.yaml"]
     for file in files:
-        if file.is_file():
-            return file
+        with suppress(OSError):  # a name too long for a file
+            if file.is_file():
+                return file
     shipped = _shipped()
     plain = str(name).removesuffix(".yaml").removesuffix(f"/{_PIPELINE}")
     if plain in shipped:
         return shipped[plain]
-    if files[0].is_dir():
-        raise RecipeError(f"{show(str(name), 200)}: a folder; name a recipe file in it")
+    with suppress(OSError):
+        if files[0].is_dir():
+            raise RecipeError(f"{show(str(name), 200)}: a folder; name a recipe file in it")
     near = nearest(plain, shipped)
     hint = f"did you mean '{near}'?" if near else "list them with: bigsimclr recipes ls"
     raise RecipeError(f"{show(str(name), 200)}: no such file and no recipe of that name; {hint}")
@@ -49,10 +52,11 @@ def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
 
 def run_name(name: str | Path) -> str:
     """Return what runs of a recipe are called: its name, or its file's."""
-    if not Path(name).is_file():
-        return str(name).removesuffix(".yaml").removesuffix(f"/{_PIPELINE}")
-    file = Path(name).resolve()
-    return file.parent.name if file.stem == _PIPELINE else file.stem
+    with suppress(OSError):  # a name too long for a file
+        if Path(name).is_file():
+            file = Path(name).resolve()
+            return file.parent.name if file.stem == _PIPELINE else file.stem
+    return str(name).removesuffix(".yaml").removesuffix(f"/{_PIPELINE}")
 
 
 def _shipped() -> dict[str, Path]:
