@@ -36,7 +36,7 @@ FULL = {
     "comment": "first=try",
     "signal_seconds": 300,
     "modules": ["cuda/12.4", "gcc"],
-    "python": "/opt/venv/bin/python",
+    "python": "/usr/venv/bin/python",
 }
 SCRIPT = """\
 #!/bin/bash
@@ -69,7 +69,7 @@ module load gcc
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-/opt/venv/bin/python -u -m submitit.core._submit 'RUN/slurm'
+/usr/venv/bin/python -u -m submitit.core._submit 'RUN/slurm'
 """
 
 
