@@ -18,13 +18,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, Literal, TypeVar
 
-from bigsimclr.errors import DistributedError, RecipeError, Stopped
+from bigsimclr.errors import INTERRUPTED, DistributedError, RecipeError, Stopped
 from bigsimclr.launch import scheduler
 from bigsimclr.launch.profile import Profile
 from bigsimclr.launch.restarts import RestartLog, progress_of
 from bigsimclr.launch.scheduler import JobFacts
 from bigsimclr.report.attempts import FILE_NAME as ATTEMPTS, read_attempts
-from bigsimclr.world import own_job
 
 T = TypeVar("T")
 
@@ -63,6 +62,8 @@ def own_allocation() -> Allocation:
     Raises:
         RecipeError: this is no batch script of Slurm.
     """
+    from bigsimclr.world import own_job  # loads torch; dry runs do not
+
     job, number = own_job(), scheduler.inherited("SLURM_JOB_ID")
     listed = scheduler.inherited("SLURM_JOB_NODELIST")
     if job is None or not listed or scheduler.inherited("SLURM_PROCID", "0") != "0":
@@ -125,7 +126,7 @@ def run_allocated(words: Sequence[str], *, profile: Profile, folder: Path, watch
 
 def is_loss(code: int) -> bool:
     """Say whether an exit code means that a rank or its node was lost, not that it refused."""
-    return code == DistributedError.exit_code or code > KILLED
+    return code == DistributedError.exit_code or (code > KILLED and code != INTERRUPTED)
 
 
 def decide(

@@ -5,6 +5,7 @@ import math
 import re
 import statistics
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -216,24 +217,26 @@ def read_log(run: Path, *, follow: bool) -> Iterator[str]:
         raise RecipeError(f"{run} has no jobs; its progress is in {run / 'metrics.jsonl'}")
     begun = [job for job in jobs if Path(job.log).exists()] or jobs
     job, position, looked = begun[-1], 0, 0.0
-    is_active = True
+    is_active, decoder = True, getincrementaldecoder("utf-8")("replace")
     while True:
         if follow and time.monotonic() - looked > _QUEUE_SECONDS:
             is_active, looked = job.number in scheduler.queue(), time.monotonic()
-        text, position = _read_on(Path(job.log), position)
+        content = _read_on(Path(job.log), position)
+        position += len(content)
+        is_over = not content and (not follow or not is_active)
+        text = decoder.decode(content, final=is_over)
         if text:
             yield text
-        elif not follow or not is_active:
+        if is_over:
             return
-        else:
+        if not content:
             time.sleep(_LOG_SECONDS)
 
 
-def _read_on(path: Path, position: int) -> tuple[str, int]:
+def _read_on(path: Path, position: int) -> bytes:
     try:
         with path.open("rb") as file:
             file.seek(position)
-            content = file.read(_LOG_BYTES)
+            return file.read(_LOG_BYTES)
     except FileNotFoundError:  # the job has not begun
-        return "", position
-    return content.decode(errors="replace"), position + len(content)
+        return b""

@@ -28,7 +28,7 @@ SHIPPED = {  # nodes, ranks, CPUs of a rank, GPU, seconds
     "h100_x64": (8, 64, 12, "h100", 86_400),
     "h100_x8": (1, 8, 12, "h100", 86_400),
 }
-PYTHON = "/opt/python"
+PYTHON = "/usr/python"
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_modules(file: Path, tmp_path: Path) -> None:
 
 
 def test_the_python_of_the_nodes(file: Path, tmp_path: Path) -> None:
-    usual = script_of(load_profile(file, {"python": "/opt/x"}), tmp_path)
+    usual = script_of(load_profile(file, {"python": "/usr/x"}), tmp_path)
     rest = ["-u", "-m", "submitit.core._submit", str(tmp_path / "run" / "slurm")]
     for text in HOSTILE:
         profile = loaded_or_refused(file, "python", text)

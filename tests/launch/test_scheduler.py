@@ -23,7 +23,7 @@ JOB = (
     "NumNodes=2 NumCPUs=4 NumTasks=2 CPUs/Task=2 ReqB:S:C:T=0:0:*:* TRES=cpu=4,mem=2G,node=2 "
     "Socks/Node=* NtasksPerN:B:S:C=1:0:*:* CoreSpec=* MinCPUsNode=2 MinMemoryNode=0 "
     "MinTmpDiskNode=0 Features=(null) DelayBoot=00:00:00 OverSubscribe=OK Contiguous=0 "
-    "Licenses=(null) Network=(null) Command=/a b/submission_file.sh WorkDir=/home/x y "
+    "Licenses=(null) Network=(null) Command=/a b/submission_file.sh WorkDir=/srv/x y "
     "StdErr=/a b/slurm/4711_0_log.out StdIn=/dev/null StdOut=/a b/slurm/4711_0_log.out Power="
 )
 ENDS = datetime(2026, 5, 4, 10, 5).timestamp()  # noqa: DTZ001 - Slurm tells local time

@@ -457,7 +457,7 @@ def test_what_a_cluster_can_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def sbatch_lines(planned: Submission) -> list[str]:
-    profile = Profile(time="01:00:00", python=Path("/opt/python"))
+    profile = Profile(time="01:00:00", python=Path("/usr/python"))
     (job, *_) = planned.jobs
     return script(job, profile, dependencies=()).splitlines()
 
@@ -494,7 +494,7 @@ def _check_script(lines: Sequence[str], usual: Sequence[str], out: Path) -> None
     assert shown.isascii()
     assert not set(shown) & set("'\"`$;\n\\%# /")
     assert output[1] == f"--output={out}/slurm/%j_0_log.out"
-    assert command == ["exec", "/opt/python", "-u", "-m", "submitit.core._submit", f"{out}/slurm"]
+    assert command == ["exec", "/usr/python", "-u", "-m", "submitit.core._submit", f"{out}/slurm"]
 
 
 def test_hostile_overrides_never_reach_the_script(recipe: str, tmp_path: Path) -> None:
