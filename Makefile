@@ -68,7 +68,8 @@ storm-ranks: setup ## The long tests of several ranks; then kill and freeze sing
 	@$(BIN)/python -m benchmarks.storm_ranks --kills 20 --stops 7 -o benchmarks/results/storm_ranks.json
 
 storm-slurm: setup ## A real Slurm on this machine: preempt, requeue, cancel jobs, lose nodes; compare weights
-	@$(BIN)/python -m benchmarks.storm_slurm --events 40 -o benchmarks/results/storm_slurm.json
+	@$(BIN)/python -m pytest -q -m "slow and not gpu" tests/launch/test_slurm.py tests/launch/test_slurm_names.py
+	@$(BIN)/python -m benchmarks.storm_slurm --events 42 -o benchmarks/results/storm_slurm.json
 
 scaling: setup ## Throughput on 1, 2, ... ranks of this machine; a model of many GPUs beside it
 	@$(BIN)/python -m benchmarks.scaling -o benchmarks/results/scaling.json

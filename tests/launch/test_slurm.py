@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -134,12 +135,10 @@ def test_the_digits_pipeline_equals_the_local_one(user: User) -> None:
 
 
 def test_events(cluster: Lab, tmp_path: Path) -> None:
-    import random
-
-    storm = Storm(cluster, tmp_path, 150, random.Random(0))
-    found = storm.strike(["scancel", "node lost", "warning", "requeue", "preemption"])
+    storm = Storm(cluster, tmp_path, 200, random.Random(0))
+    found = storm.strike(["scancel", "node lost", "warning", "preemption"])
     assert found.good, found
-    assert sum(found.events.values()) == 5
+    assert sum(found.events.values()) == 4
 
 
 def test_a_signal_to_one_rank_stops_all(user: User) -> None:
@@ -198,7 +197,7 @@ def test_a_job_that_makes_no_progress_is_given_up(user: User) -> None:
     assert "failed (exit " in user.says("runs", ".").stdout
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("srun", marks=pytest.mark.long), "torchrun"])
 def test_several_ranks_of_a_node(user: User, launcher: str) -> None:
     four = (
         "--set",
