@@ -160,6 +160,8 @@ class Storm:
             newest = read_attempts(run)[-1]
             lost = (newest.reached or 0) - newest.first_step
             self.findings.steps_lost.setdefault(event, []).append(max(0, lost))
+            if lost > 0 and event in GRACEFUL:
+                print(f"{lost} steps lost by {event}:\n{_logs(run)}", file=sys.stderr, flush=True)
             back()
         self._await(lambda: self._state(job) == "COMPLETED", f"job {job} to finish")
         self._count_restarts(job, restarts)
