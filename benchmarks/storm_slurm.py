@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -47,7 +48,7 @@ time: 02:00:00
 partition: low
 signal_seconds: 58
 """
-PATIENCE: Final = 240.0  # seconds that anything may take
+PATIENCE: Final = 400.0  # seconds that anything may take
 DEAD_SECONDS: Final = 15.0  # that a cancelled job is watched for
 
 
@@ -134,9 +135,9 @@ class Storm:
         job = self._submit(run)
         restarts = 0  # that this job should have
         while waiting:
-            attempts = len(read_attempts(run))
             if not self._instant_comes(run, job):
                 break
+            attempts = len(read_attempts(run))
             event = waiting.pop()
             print(f"{time.strftime('%X')} {run.name}: {event}", file=sys.stderr, flush=True)
             before = published(run / "checkpoints")
@@ -297,6 +298,31 @@ def _logs(run: Path) -> str:
     return "\n".join(log.read_text(errors="replace")[-6000:] for log in logs if log.exists())
 
 
+def _storm(events: list[Event], seed: int, steps: int) -> tuple[Findings, str]:
+    """Strike on a cluster of its own; return the findings, and Slurm's version."""
+    chooser = random.Random(seed)  # noqa: S311 - instants, not secrets
+    chooser.shuffle(events)
+    with tempfile.TemporaryDirectory() as folder, lab(Path(folder) / "slurm", nodes=3) as cluster:
+        runs = Path(folder) / "runs"
+        runs.mkdir()
+        found = Storm(cluster, runs, steps, chooser).strike(events)
+        return found, cluster.slurm("sinfo", "--version").strip()
+
+
+def _together(parts: list[Findings]) -> Findings:
+    """Add what several storms found."""
+    whole = Findings()
+    for part in parts:
+        for name, value in vars(part).items():
+            ours = getattr(whole, name)
+            if isinstance(value, dict):
+                for kind, found in value.items():
+                    ours[kind] = ours[kind] + found if kind in ours else found
+            else:
+                setattr(whole, name, ours + value)
+    return whole
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -304,6 +330,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=40, help="of all kinds in turn")
     parser.add_argument("--kinds", nargs="+", choices=get_args(Event), default=get_args(Event))
     parser.add_argument("--steps", type=int, default=1200, help="updates of each run")
+    parser.add_argument("--clusters", type=int, default=1, help="Slurms that share the events")
     parser.add_argument("--seed", type=int, default=0, help="chooses the instants")
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the findings")
     options = parser.parse_args()
@@ -311,17 +338,15 @@ def main() -> None:
     if why is not None:
         parser.exit(1, f"{why}\n")
     started, where = time.monotonic(), machine()
-    chooser = random.Random(options.seed)  # noqa: S311 - instants, not secrets
-    events: list[Event] = [options.kinds[n % len(options.kinds)] for n in range(options.events)]
-    chooser.shuffle(events)
-    with tempfile.TemporaryDirectory() as folder, lab(Path(folder) / "slurm", nodes=3) as cluster:
-        version = cluster.slurm("sinfo", "--version").strip()
-        runs = Path(folder) / "runs"
-        runs.mkdir()
-        findings = Storm(cluster, runs, options.steps, chooser).strike(events)
+    kinds: list[Event] = [options.kinds[n % len(options.kinds)] for n in range(options.events)]
+    shares = [kinds[number :: options.clusters] for number in range(options.clusters)]
+    with ThreadPoolExecutor(options.clusters) as pool:
+        seeds = range(options.seed, options.seed + options.clusters)
+        found = list(pool.map(_storm, shares, seeds, [options.steps] * options.clusters))
+    findings, versions = _together([part for part, _ in found]), {text for _, text in found}
     result = {
         "command": " ".join(["python", "-m", "benchmarks.storm_slurm", *sys.argv[1:]]),
-        "environment": {**environment(), **where, "slurm": version},
+        "environment": {**environment(), **where, "slurm": ", ".join(versions)},
         "seconds": round(time.monotonic() - started, 1),
         "good": findings.good,
         **asdict(findings),
