@@ -69,7 +69,7 @@ storm-ranks: setup ## The long tests of several ranks; then kill and freeze sing
 
 storm-slurm: setup ## A real Slurm on this machine: preempt, requeue, cancel jobs, lose nodes; compare weights
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" tests/launch/test_slurm.py tests/launch/test_slurm_names.py
-	@$(BIN)/python -m benchmarks.storm_slurm --events 42 -o benchmarks/results/storm_slurm.json
+	@$(BIN)/python -m benchmarks.storm_slurm --events 42 --clusters 2 --steps 1000 -o benchmarks/results/storm_slurm.json
 
 scaling: setup ## Throughput on 1, 2, ... ranks of this machine; a model of many GPUs beside it
 	@$(BIN)/python -m benchmarks.scaling -o benchmarks/results/scaling.json
