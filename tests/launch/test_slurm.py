@@ -197,7 +197,8 @@ def test_a_job_that_makes_no_progress_is_given_up(user: User) -> None:
     assert "failed (exit " in user.says("runs", ".").stdout
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("srun", marks=pytest.mark.long), "torchrun"])
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_several_ranks_of_a_node(user: User, launcher: str) -> None:
     four = (
         "--set",
