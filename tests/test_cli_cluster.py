@@ -157,7 +157,7 @@ def jobs(folder: Path, *numbers: str) -> None:
 
 
 def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, monkeypatch, squeue=answer("7|RUNNING|None|0:01|1:00"))
+    install(tmp_path, monkeypatch, squeue=answer("7|RUNNING|None"))
     assert invoke("runs", ".").stdout == ".: no runs\n"
     refused(invoke("runs"), 2, "runs is no folder; name one that holds runs")
     jobs(tmp_path / "runs" / "a", "7")
@@ -191,7 +191,7 @@ def test_runs_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_cancel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    queue = "7|RUNNING|None|0:01|1:00\n9_0|PENDING|None|0:00|1:00\n9_1|PENDING|None|0:00|1:00"
+    queue = "7|RUNNING|None\n9_0|PENDING|None\n9_1|PENDING|None"
     calls = install(tmp_path, monkeypatch, squeue=answer(queue), scancel="true")
     jobs(tmp_path / "a", "6", "7")
     jobs(tmp_path / "b", "5")

@@ -50,7 +50,7 @@ class RestartLog:
         Raises:
             DistributedError: there were as many already; the job must not go on.
         """
-        if self._fruitless(progress) > limit:
+        if not self.may_restart(progress, limit=limit):
             raise DistributedError(
                 f"job {self._job} was restarted {limit} times without progress ({progress}) and is "
                 "not started again; its log says what ends it, and bigsimclr submit continues it"

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Final
 
 from bigsimclr.errors import DistributedError
@@ -14,8 +13,6 @@ from bigsimclr.recipe.yaml_tree import show
 
 ANSWER_SECONDS: Final = 30.0
 """Time that one command may take: without its controller, Slurm's commands wait for minutes."""
-ENDING: Final = ("COMPLETING", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "REQUEUED")
-"""States in which Slurm is already taking the job's processes away."""
 _FIELD: Final = re.compile(r"(\S+?)=(.*?)(?=\s\S+?=|$)")
 _NEVER: Final = ("None", "Unknown", "N/A", "")
 
@@ -28,7 +25,6 @@ class JobFacts:
     reason: str  # why it waits or ends, e.g. TimeLimit
     restarts: int
     is_preempted: bool  # its time of grace runs
-    ends_at: float | None  # unix seconds
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,6 @@ class QueuedJob:
 
     state: str
     reason: str
-    seconds: float  # that it has been running
-    seconds_left: float | None
 
 
 def ask(words: Sequence[str]) -> str:
@@ -101,7 +95,6 @@ def job_facts(job: str) -> JobFacts | None:
         reason=fields.get("Reason", ""),
         restarts=int(fields.get("Restarts", "0")),
         is_preempted=fields.get("PreemptTime", "") not in _NEVER,
-        ends_at=_moment(fields.get("EndTime", "")),
     )
 
 
@@ -111,11 +104,11 @@ def queue() -> Mapping[str, QueuedJob]:
     Raises:
         DistributedError: Slurm does not answer.
     """
-    text = ask(["squeue", "--noheader", "--me", "--array", "--format=%i|%T|%r|%M|%L"])
+    text = ask(["squeue", "--noheader", "--me", "--array", "--format=%i|%T|%r"])
     found = {}
     for line in text.splitlines():
-        number, state, reason, spent, left = line.split("|")
-        found[number.strip()] = QueuedJob(state, reason, _span(spent) or 0.0, _span(left))
+        number, state, reason = line.split("|")
+        found[number.strip()] = QueuedJob(state, reason)
     return found
 
 
@@ -205,13 +198,6 @@ def _span(text: str) -> float | None:
     for part in parts:
         seconds = seconds * 60 + int(part)
     return seconds + 86_400 * int(days) if dash else seconds
-
-
-def _moment(text: str) -> float | None:
-    try:
-        return datetime.fromisoformat(text).astimezone().timestamp()
-    except ValueError:
-        return None
 
 
 def inherited(name: str, default: str = "") -> str:

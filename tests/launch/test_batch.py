@@ -47,7 +47,7 @@ def profile_of(*, requeue: bool = True) -> Profile:
 def facts_of(
     state: str = "RUNNING", reason: str = "None", *, restarts: int = 0, is_preempted: bool = False
 ) -> JobFacts:
-    return JobFacts(state, reason, restarts, is_preempted, None)
+    return JobFacts(state, reason, restarts, is_preempted)
 
 
 # --- the decision ---------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from bigsimclr.launch.restarts import RestartLog
 from tests.launch.cluster import answer, install
 
 QUEUE = """\
-21|RUNNING|None|10:00|50:00
-31|PENDING|Dependency|0:00|1:00:00
-41_1|PENDING|None|0:00|1:00:00
+21|RUNNING|None
+31|PENDING|Dependency
+41_1|PENDING|None
 """
 
 
@@ -249,7 +249,7 @@ def test_a_log_is_followed_until_the_job_has_left_the_queue(
     body = (
         f'looks=$(grep -c squeue "{calls}")\n'
         f'if [ "$looks" -le 3 ]; then echo "look $looks" >> "{log}"; fi\n'
-        'if [ "$looks" -lt 3 ]; then echo "7|RUNNING|None|0:01|0:59"; fi'
+        'if [ "$looks" -lt 3 ]; then echo "7|RUNNING|None"; fi'
     )
     install(tmp_path, monkeypatch, squeue=body)
     text = "".join(read_log(tmp_path, follow=True))
@@ -263,8 +263,7 @@ def test_a_job_that_waits_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
     calls = install(
         tmp_path,
         monkeypatch,
-        squeue=f'if [ $(grep -c squeue "{tmp_path}/calls") -lt 4 ]; then '
-        'echo "7|PENDING|None|0:00|1:00"; fi',
+        squeue=f'if [ $(grep -c squeue "{tmp_path}/calls") -lt 4 ]; then echo "7|PENDING|None"; fi',
     )
     assert list(read_log(tmp_path, follow=True)) == []
     assert calls.read_text().count("squeue") == 4
@@ -276,7 +275,7 @@ def test_a_job_that_waits_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
 def test_jobs_of_a_run_or_a_number(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue = f"{QUEUE}41_2|RUNNING|None|0:01|1:00\n410|RUNNING|None|0:01|1:00"
+    queue = f"{QUEUE}41_2|RUNNING|None\n410|RUNNING|None"
     install(tmp_path, monkeypatch, squeue=answer(queue))
     assert active_jobs(runs / "b" / "training") == ["21"]
     assert active_jobs(runs / "failed") == []

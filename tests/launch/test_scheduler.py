@@ -1,6 +1,5 @@
 """Slurm's answers, as its own commands print them, and what is made of its silence."""
 
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,6 @@ JOB = (
     "Licenses=(null) Network=(null) Command=/a b/submission_file.sh WorkDir=/srv/x y "
     "StdErr=/a b/slurm/4711_0_log.out StdIn=/dev/null StdOut=/a b/slurm/4711_0_log.out Power="
 )
-ENDS = datetime(2026, 5, 4, 10, 5).timestamp()  # noqa: DTZ001 - Slurm tells local time
 
 
 def changed(**fields: str) -> str:
@@ -47,7 +45,7 @@ def facts_of(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobF
 
 def test_a_job_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = install(tmp_path, monkeypatch, scontrol=answer(JOB))
-    assert scheduler.job_facts("4711") == JobFacts("RUNNING", "None", 2, False, ENDS)
+    assert scheduler.job_facts("4711") == JobFacts("RUNNING", "None", 2, False)
     assert calls.read_text() == "scontrol --oneliner show job 4711\n"
 
 
@@ -55,9 +53,9 @@ def test_a_job_that_is_preempted_or_has_no_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = changed(PreemptTime="2026-05-04T10:04:00")
-    assert facts_of(text, tmp_path, monkeypatch) == JobFacts("RUNNING", "None", 2, True, ENDS)
+    assert facts_of(text, tmp_path, monkeypatch) == JobFacts("RUNNING", "None", 2, True)
     text = changed(EndTime="Unknown", JobState="PENDING", Reason="BeginTime", Restarts="3")
-    assert facts_of(text, tmp_path, monkeypatch) == JobFacts("PENDING", "BeginTime", 3, False, None)
+    assert facts_of(text, tmp_path, monkeypatch) == JobFacts("PENDING", "BeginTime", 3, False)
 
 
 def test_a_reason_of_several_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +68,7 @@ def test_a_reason_of_several_words(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_path_cannot_speak_for_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = "/runs/x Restarts=9 JobState=TIMEOUT Reason=TimeLimit EndTime=Unknown PreemptTime=now"
     text = JOB.replace("/a b/", f"{path}/")
-    assert facts_of(text, tmp_path, monkeypatch) == JobFacts("RUNNING", "None", 2, False, ENDS)
+    assert facts_of(text, tmp_path, monkeypatch) == JobFacts("RUNNING", "None", 2, False)
 
 
 def test_a_job_that_slurm_has_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,11 +97,11 @@ def test_an_empty_answer_is_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- the queue ------------------------------------------------------------------------------------
 
 QUEUE = """\
-12_3|RUNNING|None|1-02:03:04|UNLIMITED
-12_4|PENDING|JobArrayTaskLimit|0:00|1:00:00
-13|PENDING|Dependency|0:00|30:00
-14|COMPLETING|None|INVALID|0:07
-  15|PENDING|Nodes required for job are DOWN, DRAINED|0:00|NOT_SET
+12_3|RUNNING|None
+12_4|PENDING|JobArrayTaskLimit
+13|PENDING|Dependency
+14|COMPLETING|None
+  15|PENDING|Nodes required for job are DOWN, DRAINED
 """
 
 
@@ -111,13 +109,13 @@ def test_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = install(tmp_path, monkeypatch, squeue=answer(QUEUE))
     reason = "Nodes required for job are DOWN, DRAINED"
     assert scheduler.queue() == {
-        "12_3": QueuedJob("RUNNING", "None", 93_784.0, None),
-        "12_4": QueuedJob("PENDING", "JobArrayTaskLimit", 0.0, 3_600.0),
-        "13": QueuedJob("PENDING", "Dependency", 0.0, 1_800.0),
-        "14": QueuedJob("COMPLETING", "None", 0.0, 7.0),
-        "15": QueuedJob("PENDING", reason, 0.0, None),
+        "12_3": QueuedJob("RUNNING", "None"),
+        "12_4": QueuedJob("PENDING", "JobArrayTaskLimit"),
+        "13": QueuedJob("PENDING", "Dependency"),
+        "14": QueuedJob("COMPLETING", "None"),
+        "15": QueuedJob("PENDING", reason),
     }
-    assert calls.read_text() == "squeue --noheader --me --array --format=%i|%T|%r|%M|%L\n"
+    assert calls.read_text() == "squeue --noheader --me --array --format=%i|%T|%r\n"
 
 
 @pytest.mark.parametrize(

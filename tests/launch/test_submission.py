@@ -355,7 +355,7 @@ def test_damaged_lists_of_jobs_are_read_as_far_as_they_go(tmp_path: Path) -> Non
 def test_a_run_that_a_job_works_on_is_refused(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(tmp_path, monkeypatch, squeue=answer("12_1|PENDING|Priority|0:00|1:00"))
+    install(tmp_path, monkeypatch, squeue=answer("12_1|PENDING|Priority"))
     planned = plan_submission(recipe, [], out=tmp_path / "sweep", sweep=["seed=1,2"])
     submitted(tmp_path / "sweep" / "seed=2", "11", "12_0")
     check_idle(planned)
@@ -370,7 +370,7 @@ def test_a_run_that_a_job_works_on_is_refused(
 
 
 def test_whom_to_wait_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    queue = "12|RUNNING|None|1:00|1:00\n13_0|PENDING|None|0:00|1:00"
+    queue = "12|RUNNING|None\n13_0|PENDING|None"
     calls = install(tmp_path, monkeypatch, squeue=answer(queue))
     assert jobs_to_wait_for([]) == []
     assert calls.read_text() == ""
