@@ -228,13 +228,19 @@ class Lab:
         path.unlink(missing_ok=True)
 
     def _wait(self, condition: Callable[[], object], seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            with contextlib.suppress(subprocess.SubprocessError):
-                if condition():
-                    return
-            time.sleep(0.1)
-        raise TimeoutError(f"Slurm did not come to order; its logs are in {self.folder}")
+        if not comes_true(condition, seconds):
+            raise TimeoutError(f"Slurm did not come to order; its logs are in {self.folder}")
+
+
+def comes_true(condition: Callable[[], object], seconds: float) -> bool:
+    """Wait for a condition, and say whether it came true; a Slurm that is away makes it false."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(subprocess.SubprocessError):
+            if condition():
+                return True
+        time.sleep(0.1)
+    return False
 
 
 @contextlib.contextmanager

@@ -22,14 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal, get_args
 
 from benchmarks.machine import machine
-from benchmarks.slurm_lab import Lab, lab, missing
+from benchmarks.slurm_lab import Lab, comes_true, lab, missing
 from benchmarks.storm_ranks import GLOBAL_BATCH, RECIPE, SAVE_EVERY, same_state, verify
 from bigsimclr.engine.checkpoint import published
 from bigsimclr.launch.jobs import jobs_of
@@ -280,13 +279,8 @@ class Storm:
         return self._lab.job(job)["JobState"]
 
     def _await(self, condition: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            with suppress(subprocess.SubprocessError):
-                if condition():
-                    return
-            time.sleep(0.1)
-        raise TimeoutError(f"waited {PATIENCE:g} s for {what}")
+        if not comes_true(condition, PATIENCE):
+            raise TimeoutError(f"waited {PATIENCE:g} s for {what}")
 
 
 def _nothing() -> None:

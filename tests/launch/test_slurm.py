@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.slurm_lab import Lab, lab, missing
+from benchmarks.slurm_lab import Lab, comes_true, lab, missing
 from benchmarks.storm_ranks import GLOBAL_BATCH, RECIPE, same_state
 from benchmarks.storm_slurm import Storm
 from bigsimclr.engine.checkpoint import published
@@ -75,13 +75,8 @@ class User:
         self.waits(lambda: self.state(run) == state, run)
 
     def waits(self, condition: Callable[[], bool], run: str) -> None:
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            with suppress(subprocess.SubprocessError):
-                if condition():
-                    return
-            time.sleep(0.1)
-        raise AssertionError(f"{self.state(run)}\n{self.log(run)}")
+        if not comes_true(condition, PATIENCE):
+            raise AssertionError(f"{self.state(run)}\n{self.log(run)}")
 
     def ranks(self) -> dict[int, int]:
         """Find the ranks of the one job that runs: rank -> process."""
