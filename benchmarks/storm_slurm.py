@@ -145,18 +145,19 @@ class Storm:
             if back is None:
                 waiting.insert(0, event)
                 break
-            self.findings.events[event] = self.findings.events.get(event, 0) + 1
             if event == "controller lost":
+                self._count(event)
                 continue
             if event == "scancel":
                 self._count_restarts(job, restarts)
                 job, restarts = self._submit(run), 0
             else:
                 restarts += 1
-            self._await(
-                lambda known=attempts: len(read_attempts(run)) > known,  # type: ignore[misc]
-                f"job {job} to train again after {event}",
-            )
+            if not self._trains_again(run, job, attempts, event):
+                waiting.insert(0, event)
+                back()
+                break
+            self._count(event)
             newest = read_attempts(run)[-1]
             lost = (newest.reached or 0) - newest.first_step
             self.findings.steps_lost.setdefault(event, []).append(max(0, lost))
@@ -234,6 +235,19 @@ class Storm:
         self._await(lambda: self._state(job) == "RUNNING", f"job {job} to begin after {event}")
         return True
 
+    def _trains_again(self, run: Path, job: str, attempts: int, event: Event) -> bool:
+        """Wait for the next attempt, and say whether there is one.
+
+        A rank that lives on where Slurm lost its node may finish the run before the job begins
+        again: nothing is left to be done then, and the event came too late to count.
+        """
+
+        def is_decided() -> bool:
+            return len(read_attempts(run)) > attempts or self._state(job) == "COMPLETED"
+
+        self._await(is_decided, f"job {job} to train again after {event}")
+        return len(read_attempts(run)) > attempts
+
     def _lose_node(self, job: str) -> Callable[[], None]:
         facts = self._lab.job(job)
         listed = self._lab.slurm("scontrol", "show", "hostnames", facts["NodeList"]).split()
@@ -241,6 +255,9 @@ class Storm:
         left = self._lab.kill_node(node, ranks_too=self._chooser.random() < 0.5)
         self.findings.left_behind += len(left)
         return lambda: self._lab.start_node(node)
+
+    def _count(self, event: Event) -> None:
+        self.findings.events[event] = self.findings.events.get(event, 0) + 1
 
     def _count_restarts(self, job: str, expected: int) -> None:
         self.findings.restarts += int(self._lab.job(job)["Restarts"])
