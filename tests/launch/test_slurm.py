@@ -130,7 +130,8 @@ def test_the_digits_pipeline_equals_the_local_one(user: User) -> None:
 
 
 def test_events(cluster: Lab, tmp_path: Path) -> None:
-    storm = Storm(cluster, tmp_path, 200, random.Random(0))
+    steps = 600  # fewer would be done before Slurm notices that a node is lost
+    storm = Storm(cluster, tmp_path, steps, random.Random(0))
     found = storm.strike(["scancel", "node lost", "warning", "preemption"])
     assert found.good, found
     assert sum(found.events.values()) == 4
