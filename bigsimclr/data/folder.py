@@ -1,10 +1,8 @@
 """Images in a folder: one sub-folder per class, or no labels at all."""
 
-import errno
 import logging
 import os
 import stat
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from numpy.typing import NDArray
 
 from bigsimclr.data import Sample
 from bigsimclr.data.names import NameTable, counted, fingerprint, printable, some
-from bigsimclr.data.places import named, require_folder
+from bigsimclr.data.places import named, patiently, require_folder
 from bigsimclr.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -24,10 +22,6 @@ logger = logging.getLogger(__name__)
 SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 )
-
-# Errors that a network file system reports in passing; the others will not go away by waiting.
-_PASSING: Final = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
-_WAITS_SECONDS: Final = (0.1, 1.0)
 
 
 class FolderSource:
@@ -139,14 +133,7 @@ def read_regular(path: Path) -> bytes:
         OSError: it cannot be read, after two more tries where the error may pass.
         DataError: it is not a regular file.
     """
-    for wait in _WAITS_SECONDS:
-        try:
-            return _read_once(path)
-        except OSError as error:
-            if error.errno not in _PASSING:
-                raise
-            time.sleep(wait)
-    return _read_once(path)
+    return patiently(lambda: _read_once(path))
 
 
 def _read_once(path: Path) -> bytes:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigsimclr.data import Sample
-from bigsimclr.data.names import NameTable, fingerprint, printable, some
-from bigsimclr.data.places import require_folder
+from bigsimclr.data.names import NameTable, fingerprint, printable
+from bigsimclr.data.places import matching_files
 from bigsimclr.errors import DataError, MissingExtraError
 
 try:
@@ -26,6 +26,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
+FILES: Final = "parquet files"
 # Up to this size the encoded images are held in memory, shared by all workers. Beyond it every
 # read decodes a whole row group, of which each worker keeps a few.
 HELD_BYTES: Final = 4 << 30
@@ -164,7 +165,7 @@ def open_parquet(
         DataError: no file matches, one is damaged or laid out otherwise, or a label is beyond the
             classes.
     """
-    paths = _matching(root, pattern, key)
+    paths = matching_files(root, pattern, key=key, what=FILES)
     groups = [group for path in paths for group in _row_groups(path)]
     count = sum(group.rows for group in groups)
     if not count:
@@ -185,49 +186,14 @@ def open_parquet(
     )
 
 
-def refuse_overlap(root: Path, train: str, held_out: str) -> None:
-    """Refuse patterns that both match a file.
-
-    Raises:
-        DataError: a file would be trained on and measured on.
-    """
-    both = set(_matching(root, train, "data.train")) & set(
-        _matching(root, held_out, "data.held_out")
-    )
-    if both:
-        raise DataError(
-            f"data.held_out: {min(both).name} matches data.train={train} too; held-out images "
-            "must not be trained on"
-        )
-
-
 def count_parquet(root: Path, pattern: str, *, key: str = "data.train") -> int:
     """Count the images from the files' metadata.
 
     Raises:
         DataError: no file matches, or one is damaged.
     """
-    return sum(group.rows for path in _matching(root, pattern, key) for group in _row_groups(path))
-
-
-def _matching(root: Path, pattern: str, key: str) -> list[Path]:
-    require_folder(
-        root,
-        "data.root",
-        hint=f"give its folder as data.root and its name as {key}",
-        missing_hint="give the folder of the parquet files with data.root=DIR",
-    )
-    try:
-        paths = sorted(path for path in root.glob(pattern) if path.is_file())
-    except (ValueError, NotImplementedError) as error:
-        raise DataError(f"{key}: {pattern!r} is not a pattern relative to data.root") from error
-    if not paths:
-        held = sorted(path.name for path in root.iterdir())
-        raise DataError(
-            f"{key}: {printable(str(root))} has no files {printable(pattern)}; it holds"
-            f" {some(held) if held else 'nothing'}"
-        )
-    return paths
+    paths = matching_files(root, pattern, key=key, what=FILES)
+    return sum(group.rows for path in paths for group in _row_groups(path))
 
 
 def _opened(path: Path) -> pq.ParquetFile:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -37,6 +38,8 @@ FREE_KEYS = (
     "labels.list",
     "parent",
 )
+# The keys of one source of a mixture are those of a source that stands alone.
+_SOURCE_NUMBER = re.compile(r"^data\.sources\.\d+\.data\.")
 OWN_FILES = (
     "recipe.yaml",
     "plan.json",
@@ -187,9 +190,12 @@ def recipe_facts(recipe: AnyStage) -> dict[str, object]:
 def with_absolute_paths(recipe: AnyStage) -> AnyStage:
     """Return the same recipe with absolute paths, so that it means the same in any directory."""
     facts = recipe_facts(recipe)
+    data = facts.get("data")
+    mixed = data.get("sources", []) if isinstance(data, dict) else []
     for section, key in (
         (facts, "parent"),
-        (facts.get("data"), "root"),
+        (data, "root"),
+        *((source["data"], "root") for source in mixed),
         (facts.get("labels"), "list"),
     ):
         if isinstance(section, dict) and isinstance(section.get(key), str):
@@ -209,7 +215,7 @@ def check_same_recipe(recipe: AnyStage, stored: object, directory: Path) -> None
         for key in sorted(now.keys() | before.keys())
         if now.get(key) != before.get(key)
         and key.split(".")[0] not in FREE_SECTIONS
-        and key not in FREE_KEYS
+        and _SOURCE_NUMBER.sub("data.", key) not in FREE_KEYS
     ]
     if changed:
         raise RecipeError(
@@ -250,7 +256,9 @@ def read_result(directory: Path) -> dict[str, object]:
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:
-    """Turn nested mappings into dotted keys."""
+    """Turn nested mappings, and lists of them, into dotted keys."""
+    if isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
+        value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {prefix: value}
     pairs: dict[str, object] = {}

@@ -12,7 +12,7 @@ import pytest
 from bigsimclr.data import build_data, count_examples
 from bigsimclr.data.arrays import DIGITS, digits
 from bigsimclr.errors import DataError
-from bigsimclr.recipe.sections import ArraysData, DigitsData
+from bigsimclr.recipe.sources import ArraysData, DigitsData
 
 
 def test_digits_are_grey_scans_over_the_whole_range() -> None:

@@ -12,7 +12,7 @@ from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.device import make_views
 from bigsimclr.data import build_data, count_examples
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches, view_hash
-from bigsimclr.recipe.sections import FolderData, ParquetData
+from bigsimclr.recipe.sources import FolderData, ParquetData
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / os.environ.get("BIGSIMCLR_TEST_DATA", "../shared/data")
