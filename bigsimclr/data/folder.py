@@ -49,6 +49,11 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes of all files together."""
+        return int(self._sizes.sum())
+
     def name(self, index: int) -> str:
         """Return the path of image `index` below the folder."""
         return self._names[index]

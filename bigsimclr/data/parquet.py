@@ -63,14 +63,14 @@ class _Files:
         self._starts = np.cumsum([0, *(group.rows for group in groups)])
         self._recent: dict[int, _Encoded] = {}
         self._held: list[_Encoded] | None = None
-        total = sum(group.bytes for group in groups)
-        if total <= held_bytes:
+        self.bytes = sum(group.bytes for group in groups)
+        if self.bytes <= held_bytes:
             self._held = [_read_group(group) for group in groups]
         else:
             logger.warning(
                 "%.1f GiB of images in parquet files are too much to keep in memory: every image"
                 " read at random decodes a whole row group. A folder of files is faster",
-                total / 2**30,
+                self.bytes / 2**30,
             )
 
     def read(self, row: int) -> bytes:
@@ -118,6 +118,11 @@ class ParquetSource:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes of the images of all files, of parts that were taken as well."""
+        return self._files.bytes
 
     def name(self, index: int) -> str:
         """Return the stored path of image `index`; its file and row where paths are not unique."""
@@ -281,7 +286,7 @@ def _names(root: Path, paths: list[Path]) -> NameTable:
                 stored += [None] * rows
             else:
                 column = file.read(columns=["image.path"], use_threads=False).column("image")
-                stored += [row["path"] for row in column.to_pylist()]
+                stored += [row and row["path"] for row in column.to_pylist()]
         place = path.relative_to(root).as_posix()
         numbered += [f"{place}#{row:07d}" for row in range(rows)]
     names = [name for name in stored if name]

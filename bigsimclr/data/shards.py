@@ -16,6 +16,7 @@ from typing_extensions import override
 from bigsimclr.data import Sample
 from bigsimclr.data.names import NameTable, counted, fingerprint, printable, some
 from bigsimclr.data.order import Runs
+from bigsimclr.data.pack_file import check_complete
 from bigsimclr.data.places import matching_files, patiently
 from bigsimclr.data.shard_index import ShardIndex, index_shard, read_image
 from bigsimclr.data.tar_members import open_regular
@@ -72,6 +73,11 @@ class ShardSource:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes of all images together."""
+        return int(self._places.sizes.sum())
 
     def name(self, index: int) -> str:
         """Return the stored name of image `index`; its member's where names are not unique."""
@@ -214,6 +220,9 @@ def _indexed(root: Path, pattern: str, key: str) -> tuple[list[Path], list[Shard
     with ThreadPoolExecutor(min(len(paths), _INDEXED_AT_ONCE)) as threads:
         found = list(threads.map(index_shard, paths))
     indexes = [index for index, _ in found]
+    for folder in sorted({path.parent for path in paths}):
+        there = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
+        check_complete(folder, there)
     unkept = sum(not kept for _, kept in found)
     if unkept:
         logger.info(
