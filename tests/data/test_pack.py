@@ -265,28 +265,31 @@ def _run(words: Sequence[str]) -> subprocess.Popen[str]:
     )
 
 
-def _pack_under_fire(words: Sequence[str], place: Path, kills: int, seconds: float) -> int:
-    """Kill packing at random moments, then let it end; returns the number of kills that hit."""
-    rng, hits = random.Random(0), 0
-    for _ in range(kills):
+def _pack_under_fire(
+    words: Sequence[str], place: Path, moments: Sequence[int], seconds: float
+) -> list[int]:
+    """Kill packing whenever so many shards are there, and a little later; then let it end.
+
+    Returns the numbers of shards that kills left.
+    """
+    rng, left = random.Random(0), []
+    for moment in moments:
         process = _run(words)
-        # From the first sign of work on, so that kills do not all hit the imports.
-        deadline = time.monotonic() + 60
-        while not place.is_dir() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        while process.poll() is None and len(list(place.glob("*.tar"))) < moment:
+            time.sleep(0.001)
         time.sleep(rng.uniform(0, seconds))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
-        hits += process.returncode == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL
+        left.append(len(list(place.glob("*.tar"))))
         # Whatever is there under its name is whole.
         for path in place.glob("*.tar"):
             assert path.read_bytes()[-1024:] == bytes(1024)
-        print(f"killed with {len(list(place.glob('*.tar')))} shards there")
     process = _run(words)
     out, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "verified" in out
-    return hits
+    return left
 
 
 def _same_images(source: Source, place: Path) -> None:
@@ -304,10 +307,11 @@ def test_a_pack_killed_ten_times_loses_and_doubles_nothing(tmp_path: Path, png: 
     for number in range(2000):
         path = tmp_path / f"set/{number % 7}/{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)))
+        path.write_bytes(png(rng.integers(0, 256, (56, 56, 3), dtype=np.uint8)))
     place = tmp_path / "pack"
     words = [str(tmp_path / "set"), "-o", str(place), "--shard-mb", "1", "--workers", "2"]
-    assert _pack_under_fire(words, place, 10, 0.4) >= 5
+    left = _pack_under_fire(words, place, range(0, 20, 2), 0.02)
+    assert len(set(left)) >= 5
     _same_images(folder_of(tmp_path / "set"), place)
 
 
@@ -320,7 +324,8 @@ def test_cifar10_killed_ten_times_loses_and_doubles_nothing(tmp_path: Path) -> N
 
     place = tmp_path / "pack"
     words = [str(CIFAR10 / "*.parquet"), "-o", str(place), "--shard-mb", "4", "--workers", "2"]
-    assert _pack_under_fire(words, place, 10, 6.0) == 10
+    left = _pack_under_fire(words, place, [*range(0, 48, 6), 50, 50], 0.3)
+    assert len(set(left)) >= 7
     source = open_parquet(CIFAR10, "*.parquet")
     assert len(source) == 60_000
     _same_images(source, place)
