@@ -46,6 +46,7 @@ recipes_app.command("cat", cls=Command)(reading.recipes_cat)
 recipes_app.command("cp", cls=Command)(reading.recipes_cp)
 data_app.command("split", cls=Command)(reading.data_split)
 data_app.command("pack", cls=Command)(packing.data_pack)
+data_app.command("index", cls=Command)(packing.data_index)
 
 
 def main() -> NoReturn:

@@ -155,10 +155,12 @@ def _folder(section: FolderData) -> Splits:
     from bigsimclr.data.places import expanded
 
     root = expanded(section.root, "data.root")
-    images = training_folder(root, section.train, labelled=section.labelled)
+    manifest = section.manifest and expanded(section.manifest, "data.manifest")
+    images = training_folder(root, section.train, labelled=section.labelled, manifest=manifest)
     if section.held_out is None:
         return _split(images, section)
-    return Splits(images, held_out_folder(images, root, section.held_out), "data.held_out")
+    apart = held_out_folder(images, root, section.held_out, manifest=manifest)
+    return Splits(images, apart, "data.held_out")
 
 
 def _parquet(section: ParquetData) -> Splits:
@@ -209,7 +211,8 @@ def _count_files(
             from bigsimclr.data.folder import count_folder
 
             labelled = section.labelled and key == "data.train"
-            return count_folder(root, part, labelled=labelled, key=key)
+            manifest = section.manifest and expanded(section.manifest, "data.manifest")
+            return count_folder(root, part, labelled=labelled, key=key, manifest=manifest)
         case ParquetData():
             from bigsimclr.data.parquet import count_parquet
 

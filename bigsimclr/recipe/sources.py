@@ -45,6 +45,9 @@ class FolderData(Section):
     """Folder of the training images, relative to `root`."""
     held_out: str | None = None
     """Folder of the held-out images, relative to `root`; null when there is none."""
+    manifest: UserPath | None = None
+    """A list of the images below `root`, written by `bigsimclr data index`, which spares walking
+    through millions of files at every start; one that is out of date is refused. null: walk."""
     labelled: bool = True
     """True: the first sub-folder below `train` names the class. False: no labels, any nesting."""
     held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

@@ -35,6 +35,7 @@ FREE_KEYS = (
     "input.prefetch_batches",
     "input.unreadable_limit",
     "data.root",
+    "data.manifest",
     "labels.list",
     "parent",
 )
@@ -192,10 +193,10 @@ def with_absolute_paths(recipe: AnyStage) -> AnyStage:
     facts = recipe_facts(recipe)
     data = facts.get("data")
     mixed = data.get("sources", []) if isinstance(data, dict) else []
+    sources = [data, *(source["data"] for source in mixed)]
     for section, key in (
         (facts, "parent"),
-        (data, "root"),
-        *((source["data"], "root") for source in mixed),
+        *((source, key) for source in sources for key in ("root", "manifest")),
         (facts.get("labels"), "list"),
     ):
         if isinstance(section, dict) and isinstance(section.get(key), str):
