@@ -165,28 +165,38 @@ def _folder(section: FolderData) -> Splits:
 
 def _parquet(section: ParquetData) -> Splits:
     from bigsimclr.data.parquet import FILES, open_parquet
-    from bigsimclr.data.places import expanded, refuse_overlap
+    from bigsimclr.data.places import expanded, matching_files, refuse_overlap
 
     root = expanded(section.root, "data.root")
     rows = open_parquet(root, section.train)
     if section.held_out is None:
         return _split(rows, section)
-    refuse_overlap(root, section.train, section.held_out, what=FILES)
+    refuse_overlap(
+        matching_files(root, section.train, key="data.train", what=FILES),
+        matching_files(root, section.held_out, key="data.held_out", what=FILES),
+        pattern=section.train,
+    )
     apart = open_parquet(root, section.held_out, classes=rows.classes, key="data.held_out")
     return Splits(rows, apart, "data.held_out")
 
 
 def _shards(section: ShardsData) -> Splits:
     from bigsimclr.data.places import expanded, refuse_overlap
-    from bigsimclr.data.shards import FILES, open_shards
+    from bigsimclr.data.shards import open_shards
 
     root = expanded(section.root, "data.root")
     window = section.window if section.order == "runs" else None
-    images = open_shards(root, section.train, window=window)
+    images = open_shards(root, section.train, window=window, remote=section.remote)
     if section.held_out is None:
         return _split(images, section)
-    refuse_overlap(root, section.train, section.held_out, what=FILES)
-    apart = open_shards(root, section.held_out, classes=images.classes, key="data.held_out")
+    apart = open_shards(
+        root,
+        section.held_out,
+        classes=images.classes,
+        key="data.held_out",
+        remote=section.remote,
+    )
+    refuse_overlap(images.paths, apart.paths, pattern=section.train)
     return Splits(images, apart, "data.held_out")
 
 
@@ -220,7 +230,7 @@ def _count_files(
         case ShardsData():
             from bigsimclr.data.shards import count_shards
 
-            return count_shards(root, part, key=key)
+            return count_shards(root, part, key=key, remote=section.remote)
         case _:
             assert_never(section)
 

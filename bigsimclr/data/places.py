@@ -3,7 +3,7 @@
 import errno
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -110,19 +110,17 @@ def matching_files(root: Path, pattern: str, *, key: str, what: str) -> list[Pat
     return paths
 
 
-def refuse_overlap(root: Path, train: str, held_out: str, *, what: str) -> None:
-    """Refuse patterns that both match a file; `what` names the kind of file in the plural.
+def refuse_overlap(train: Collection[Path], held_out: Collection[Path], *, pattern: str) -> None:
+    """Refuse files that are trained on and measured on; `pattern` is that of the training files.
 
     Raises:
-        DataError: a file would be trained on and measured on.
+        DataError: there is one.
     """
-    both = set(matching_files(root, train, key="data.train", what=what)) & set(
-        matching_files(root, held_out, key="data.held_out", what=what)
-    )
+    both = set(train) & set(held_out)
     if both:
         raise DataError(
-            f"data.held_out: {printable(min(both).name)} matches data.train={train} too;"
-            " held-out images must not be trained on"
+            f"data.held_out: {printable(min(both).name)} matches data.train={printable(pattern)}"
+            " too; held-out images must not be trained on"
         )
 
 

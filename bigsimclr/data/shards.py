@@ -3,11 +3,12 @@
 import logging
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from bigsimclr.data.places import matching_files, patiently
 from bigsimclr.data.shard_index import ShardIndex, index_shard, read_image
 from bigsimclr.data.tar_members import open_regular
 from bigsimclr.errors import DataError
+
+if TYPE_CHECKING:
+    from bigsimclr.data.remote import RemoteShards
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,7 @@ class ShardSource:
         labels: Integers,  # [N], -1 where there is none
         classes: tuple[str, ...],
         window: int | None = None,  # shards read at a time; None: all, each image at random
+        fetch: Callable[[int], None] | None = None,  # copies a shard that is not there yet
     ) -> None:
         self.labels = labels
         self.classes = classes
@@ -65,8 +70,9 @@ class ShardSource:
             [names.content, places.sizes.tobytes(), labels.tobytes(), *map(os.fsencode, classes)]
         )
         self.arrangement = None if window is None else Runs(places.shards, window)
-        self._files = _OpenFiles(paths, ahead=window is not None)
-        self._paths = paths
+        self._files = _OpenFiles(paths, ahead=window is not None, fetch=fetch)
+        self.paths = paths
+        self._fetch = fetch
         self._names = names
         self._places = places
         self._window = window
@@ -102,12 +108,13 @@ class ShardSource:
     def take(self, rows: Integers) -> Self:
         """Return a source of `rows` alone; names stay."""
         return type(self)(
-            self._paths,
+            self.paths,
             self._names.take(rows),
             places=self._places.take(rows),
             labels=self.labels[rows],
             classes=self.classes,
             window=self._window,
+            fetch=self._fetch,
         )
 
 
@@ -118,6 +125,7 @@ def open_shards(
     classes: tuple[str, ...] | None = None,
     key: str = "data.train",
     window: int | None = None,
+    remote: str | None = None,
 ) -> ShardSource:
     """Open tar shards; the images come in the order of their keys, however they are cut.
 
@@ -127,11 +135,14 @@ def open_shards(
         classes: class names of the training images; None takes them from the shards.
         key: the recipe's key that names `pattern`.
         window: shards that are read at a time; None reads every image at random.
+        remote: URL of the shards, of which `root` keeps copies; None: they lie there.
 
     Raises:
+        MissingExtraError: `remote` is given, and fsspec is not installed.
         DataError: no file matches, a shard is damaged, or a label is beyond the classes.
     """
-    paths, indexes = _indexed(root, pattern, key)
+    found = _indexed(root, pattern, key, remote)
+    paths, indexes = found.paths, found.indexes
     place = f"{key}: {printable(f'{root}/{pattern}')}"
     if not sum(map(len, indexes)):
         raise DataError(f"{place} holds 0 images{_left_out(indexes)}")
@@ -158,16 +169,19 @@ def open_shards(
         labels=labels[order],
         classes=classes,
         window=window,
+        fetch=found.fetch,
     )
 
 
-def count_shards(root: Path, pattern: str, *, key: str = "data.train") -> int:
+def count_shards(
+    root: Path, pattern: str, *, key: str = "data.train", remote: str | None = None
+) -> int:
     """Count the images of tar shards from their indexes.
 
     Raises:
         DataError: no file matches, or a shard is damaged.
     """
-    return sum(map(len, _indexed(root, pattern, key)[1]))
+    return sum(map(len, _indexed(root, pattern, key, remote).indexes))
 
 
 class _OpenFile:
@@ -190,8 +204,11 @@ class _OpenFiles:
     Reads do not move a descriptor, so that processes may share one after a fork, and threads too.
     """
 
-    def __init__(self, paths: Sequence[Path], *, ahead: bool) -> None:
+    def __init__(
+        self, paths: Sequence[Path], *, ahead: bool, fetch: Callable[[int], None] | None
+    ) -> None:
         self._paths = paths
+        self._fetch = fetch
         self._ahead = ahead
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
 
@@ -207,6 +224,8 @@ class _OpenFiles:
         return patiently(once)
 
     def _opened(self, number: int) -> _OpenFile:
+        if self._fetch is not None and not self._paths[number].exists():
+            self._fetch(number)
         return _OpenFile(self._paths[number], ahead=self._ahead)
 
     @override
@@ -214,15 +233,33 @@ class _OpenFiles:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-def _indexed(root: Path, pattern: str, key: str) -> tuple[list[Path], list[ShardIndex]]:
+@dataclass(frozen=True)
+class _Indexed:
+    paths: list[Path]
+    indexes: list[ShardIndex]
+    fetch: Callable[[int], None] | None
+
+
+def _indexed(root: Path, pattern: str, key: str, remote: str | None) -> _Indexed:
     """Find the shards and their indexes, and say what is not read."""
-    paths = matching_files(root, pattern, key=key, what=FILES)
-    with ThreadPoolExecutor(min(len(paths), _INDEXED_AT_ONCE)) as threads:
-        found = list(threads.map(index_shard, paths))
+    fetch = None
+    if remote is None:
+        paths = matching_files(root, pattern, key=key, what=FILES)
+        with ThreadPoolExecutor(min(len(paths), _INDEXED_AT_ONCE)) as threads:
+            found = list(threads.map(index_shard, paths))
+        for folder in sorted({path.parent for path in paths}):
+            there = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
+            check_complete(folder, there)
+    else:
+        from bigsimclr.data.remote import RemoteShards
+
+        shards = RemoteShards(remote, root)
+        names = shards.find(pattern, key=key)
+        paths = [root / name for name in names]
+        with ThreadPoolExecutor(min(len(paths), _INDEXED_AT_ONCE)) as threads:
+            found = list(threads.map(shards.index, names))
+        fetch = partial(_fetch, shards, names)
     indexes = [index for index, _ in found]
-    for folder in sorted({path.parent for path in paths}):
-        there = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
-        check_complete(folder, there)
     unkept = sum(not kept for _, kept in found)
     if unkept:
         logger.info(
@@ -233,7 +270,11 @@ def _indexed(root: Path, pattern: str, key: str) -> tuple[list[Path], list[Shard
     left_out = _left_out(indexes)
     if left_out:
         logger.warning("%s%s", printable(f"{root}/{pattern}"), left_out)
-    return paths, indexes
+    return _Indexed(paths, indexes, fetch)
+
+
+def _fetch(shards: "RemoteShards", names: Sequence[str], number: int) -> None:
+    shards.fetch(names[number])
 
 
 def _left_out(indexes: Sequence[ShardIndex]) -> str:

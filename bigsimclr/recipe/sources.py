@@ -80,7 +80,12 @@ class ShardsData(Section):
     kind: Literal["shards"]
     """Selects tar shards, as `bigsimclr data pack` and others write them."""
     root: UserPath
-    """The folder that holds the shards; relative to the current directory, ~ is the home folder."""
+    """The folder that holds the shards, or with `remote` copies of them; relative to the current
+    directory, ~ is the home folder."""
+    remote: str | None = None
+    """URL of the folder of shards, such as s3://bucket/set (extra `remote`, and fsspec's package
+    for the protocol): each shard is copied to `root` when it is first needed, and stays there.
+    null: they lie in `root`."""
     train: str = "*.tar"
     """Pattern of the training shards, relative to `root`."""
     held_out: str | None = None
@@ -91,7 +96,7 @@ class ShardsData(Section):
     """Seed of the held-out split; not `seed`, so that all stages hold out the same images."""
     order: Literal["uniform", "runs"] = "uniform"
     """uniform: every image may follow every other one. runs: the shards in random order, the
-    images of `window` shards shuffled together; for spinning and network disks.
+    images of `window` shards shuffled together; for spinning disks, network disks and `remote`.
     Their classes should be mixed within the shards, as `bigsimclr data pack` does."""
     window: PositiveInt = 8
     """Shards that `order: runs` shuffles together; they should fit into memory."""

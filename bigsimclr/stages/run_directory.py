@@ -36,6 +36,7 @@ FREE_KEYS = (
     "input.unreadable_limit",
     "data.root",
     "data.manifest",
+    "data.remote",
     "labels.list",
     "parent",
 )
