@@ -20,7 +20,7 @@ CIFAR10 ?= data/cifar10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check lint test fix storm storm-ranks scaling bench docs gpu-check gpu-cifar clean
+.PHONY: help setup demo check lint test fix storm storm-ranks storm-pack scaling bench docs gpu-check gpu-cifar clean
 
 help: ## Print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ storm: setup ## Kill and stop a tiny run many times and compare its weights with
 storm-ranks: setup ## The long tests of several ranks; then kill and freeze single ones of 2, 3 and 4
 	@$(BIN)/python -m pytest -q -m "long and not gpu"
 	@$(BIN)/python -m benchmarks.storm_ranks --kills 20 --stops 7 -o benchmarks/results/storm_ranks.json
+
+storm-pack: setup ## Pack 60,000 images of CIFAR-10 while being killed ten times; nothing is lost or doubled
+	@$(BIN)/python -m pytest -q -m "slow or long" tests/data/test_pack.py
 
 scaling: setup ## Throughput on 1, 2, ... ranks of this machine; a model of many GPUs beside it
 	@$(BIN)/python -m benchmarks.scaling -o benchmarks/results/scaling.json

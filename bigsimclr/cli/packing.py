@@ -44,6 +44,7 @@ def data_pack(
     In the WebDataset layout, encoded bytes unchanged, every one read back and compared. The same
     command continues where a killed one stopped. A recipe reads them with data.kind=shards.
     """
+    from bigsimclr.data.names import counted
     from bigsimclr.data.pack import pack
 
     show = _Line()
@@ -57,7 +58,8 @@ def data_pack(
     )
     show.end()
     size = sum(file.bytes for file in packed.files)
-    print(f"{out}: {packed.images:,} images in {packed.shards} shards, {size:,} bytes, verified")
+    shards = counted(packed.shards, "shard")
+    print(f"{out}: {counted(packed.images, 'image')} in {shards}, {size:,} bytes, verified")
 
 
 def data_index(

@@ -65,10 +65,11 @@ class ShardSource:
         self.labels = labels
         self.classes = classes
         self.image_size: tuple[int, int] | None = None
-        # Where images lie does not count: shards may be cut anew, or become files of a folder.
-        self.fingerprint = fingerprint(
-            [names.content, places.sizes.tobytes(), labels.tobytes(), *map(os.fsencode, classes)]
-        )
+        # Where images lie does not count, for shards may be cut anew or become files of a folder;
+        # unless it decides on their order.
+        cut = [] if window is None else [places.shards.tobytes(), str(window).encode()]
+        parts = [names.content, places.sizes.tobytes(), labels.tobytes()]
+        self.fingerprint = fingerprint([*parts, *map(os.fsencode, classes), *cut])
         self.arrangement = None if window is None else Runs(places.shards, window)
         self._files = _OpenFiles(paths, ahead=window is not None, fetch=fetch)
         self.paths = paths

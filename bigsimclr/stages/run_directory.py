@@ -48,6 +48,7 @@ OWN_FILES = (
     "environment.json",
     "metrics.jsonl",
     "checkpoints",
+    "images.json.gz",
     "labels.txt",
     "unreadable.txt",
     "tensorboard",
@@ -226,8 +227,20 @@ def check_same_recipe(recipe: AnyStage, stored: object, directory: Path) -> None
         )
 
 
-def check_same_origins(now: Mapping[str, str | None], stored: object, directory: Path) -> None:
+def check_same_origins(
+    now: Mapping[str, str | None],
+    stored: object,
+    directory: Path,
+    *,
+    explain: Callable[[], str] = str,
+) -> None:
     """Refuse to continue a run on other images, labels, or another parent.
+
+    Args:
+        now: fingerprints, by what they are of.
+        stored: the same when the run began.
+        directory: the run directory.
+        explain: says how they differ, "" where it is not known.
 
     Raises:
         DataError: a fingerprint differs; the message names what.
@@ -235,8 +248,10 @@ def check_same_origins(now: Mapping[str, str | None], stored: object, directory:
     before = stored if isinstance(stored, dict) else {}
     changed = [name for name, value in now.items() if before.get(name) != value]
     if changed:
+        how = explain()
         raise DataError(
-            f"{directory}: changed since the run began: {', '.join(changed)}; "
+            f"{directory}: changed since the run began: {', '.join(changed)}"
+            f"{f' ({how})' if how else ''}; "
             "restore what was, or use another --out for a new run"
         )
 

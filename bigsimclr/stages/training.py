@@ -28,6 +28,7 @@ from bigsimclr.recipe.schema import AnyTraining, PretrainRecipe
 from bigsimclr.report.progress import Progress
 from bigsimclr.report.records import Records, read_records
 from bigsimclr.stages.fitting import fitting_memory, fitting_micro_batch
+from bigsimclr.stages.identity import image_changes, note_images
 from bigsimclr.stages.inputs import Inputs
 from bigsimclr.stages.load import Loaded
 from bigsimclr.stages.run_directory import (
@@ -76,7 +77,7 @@ def run_training(
         RecipeError: the directory holds a run of another recipe.
         CheckpointError: the directory holds checkpoints, none of them intact.
     """
-    model = task.objective.model
+    model, inputs = task.objective.model, task.inputs
     _choose_code(recipe, task, world)
     world.check_same("images, labels or parent", json.dumps(_origins(task)))
     directory = run.directory
@@ -94,8 +95,14 @@ def run_training(
     with world.together():
         if resume is not None:
             check_same_recipe(recipe, resume.facts["recipe"], directory.path)
-            check_same_origins(_origins(task), resume.facts["origins"], directory.path)
+            check_same_origins(
+                _origins(task),
+                resume.facts["origins"],
+                directory.path,
+                explain=partial(image_changes, directory.path, inputs.train, inputs.held_out),
+            )
         elif world.rank == 0:
+            note_images(directory.path, inputs.train, inputs.held_out)
             directory.describe(recipe, plan.as_facts(), labels=task.inputs.label_names)
     first = 0 if resume is None else resume.examples
     records = _records(recipe, directory, first) if world.rank == 0 else None
