@@ -71,7 +71,7 @@ class ShardSource:
         parts = [names.content, places.sizes.tobytes(), labels.tobytes()]
         self.fingerprint = fingerprint([*parts, *map(os.fsencode, classes), *cut])
         self.arrangement = None if window is None else Runs(places.shards, window)
-        self._files = _OpenFiles(paths, ahead=window is not None, fetch=fetch)
+        self._files = _OpenFiles(paths, window=window, fetch=fetch)
         self.paths = paths
         self._fetch = fetch
         self._names = names
@@ -206,11 +206,13 @@ class _OpenFiles:
     """
 
     def __init__(
-        self, paths: Sequence[Path], *, ahead: bool, fetch: Callable[[int], None] | None
+        self, paths: Sequence[Path], *, window: int | None, fetch: Callable[[int], None] | None
     ) -> None:
         self._paths = paths
+        # A shard of a window that passed is closed, and so is read ahead when its turn comes again.
+        self._most = _OPEN_SHARDS if window is None else 2 * window
         self._fetch = fetch
-        self._ahead = ahead
+        self._ahead = window is not None
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
 
     def read(self, number: int, *, offset: int, size: int, header: int) -> bytes:
@@ -218,7 +220,7 @@ class _OpenFiles:
             file = self._open.pop(number, None) or self._opened(number)
             content = read_image(file.descriptor, offset=offset, size=size, header=header)
             self._open[number] = file  # not after an error: the next try opens it anew
-            if len(self._open) > _OPEN_SHARDS:
+            if len(self._open) > self._most:
                 self._open.popitem(last=False)
             return content
 

@@ -240,13 +240,14 @@ def test_dali_reads_the_shards(class_folder: Path, tmp_path: Path) -> None:
     paths = sorted((tmp_path / "pack").glob("*.tar"))
 
     @pipeline_def(batch_size=12, num_threads=1, device_id=None)
-    def pipeline() -> object:
-        return fn.readers.webdataset(
+    def pipeline() -> tuple[object, ...]:
+        images, labels, facts = fn.readers.webdataset(
             paths=[str(path) for path in paths],
             index_paths=[str(path.with_suffix(".idx")) for path in paths],
             ext=["png", "cls", "json"],
             missing_component_behavior="error",
         )
+        return images, labels, facts
 
     images, labels, facts = pipeline().run()
     shards = contents(open_shards(tmp_path / "pack", "*.tar"))

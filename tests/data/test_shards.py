@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bigsimclr.data import build_data, count_examples
 from bigsimclr.data.decode import decode
-from bigsimclr.data.shard_index import index_path, index_shard, read_index
+from bigsimclr.data.shard_index import dali_index, index_path, index_shard, read_index
 from bigsimclr.data.shards import ShardSource, open_shards
 from bigsimclr.errors import DataError
 from bigsimclr.recipe.sources import ShardsData
@@ -344,3 +344,17 @@ def test_an_index_of_crafted_places_reads_no_other_bytes(root: Path) -> None:
     with pytest.raises(DataError, match="changed after it was indexed"):
         source.read(0)
     shutil.rmtree(root)
+
+
+def test_the_index_for_dali_names_every_member(root: Path, tmp_path: Path) -> None:
+    shard = root / "part-1.tar"
+    with tarfile.open(shard) as archive:
+        entries = [(entry.name, entry.offset_data, entry.size) for entry in archive]
+    lines = ["v1.2 4"]
+    for image, label in zip(entries[::2], entries[1::2], strict=True):
+        parts = [f"{name[3:]} {at} {size} {name}" for name, at, size in (image, label)]
+        lines.append(" ".join(parts))
+    assert dali_index(shard).splitlines() == lines
+    write_samples(tmp_path / "a.tar", {"with space.jpg": b"1"})
+    with pytest.raises(DataError, match=r"a\.tar: 'with space\.jpg' has a space"):
+        dali_index(tmp_path / "a.tar")
