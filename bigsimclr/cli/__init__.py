@@ -5,7 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bigsimclr.cli import cluster, doctor, networks, reading, running
+from bigsimclr.cli import cluster, doctor, networks, packing, reading, running
 from bigsimclr.cli.command import Command
 
 _EXIT_CODES = (
@@ -50,6 +50,8 @@ recipes_app.command("ls", cls=Command)(reading.recipes_ls)
 recipes_app.command("cat", cls=Command)(reading.recipes_cat)
 recipes_app.command("cp", cls=Command)(reading.recipes_cp)
 data_app.command("split", cls=Command)(reading.data_split)
+data_app.command("pack", cls=Command)(packing.data_pack)
+data_app.command("index", cls=Command)(packing.data_index)
 
 
 def main() -> NoReturn:

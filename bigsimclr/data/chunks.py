@@ -15,7 +15,7 @@ from bigsimclr.augment.resize import crop_resize_one
 from bigsimclr.data import Source
 from bigsimclr.data.decode import UnreadableImageError, decode
 from bigsimclr.data.names import printable
-from bigsimclr.data.order import Cut, Order
+from bigsimclr.data.order import AnyOrder, Cut
 from bigsimclr.errors import BigSimCLRError
 
 Integers = NDArray[np.int64]
@@ -42,7 +42,7 @@ class Reading:
     """How images are read and cropped, in training and in evaluation."""
 
     source: Source
-    order: Order | None  # None: positions count through `indices` and nothing is random
+    order: AnyOrder | None  # None: positions count through `indices` and nothing is random
     indices: Integers  # [M]
     labels: Integers  # [N] by index in the source
     settings: ViewSettings

@@ -23,7 +23,7 @@ from bigsimclr.augment.draws import Draws, centre_draws, draw_views
 from bigsimclr.data import EqualImages, Source
 from bigsimclr.data.chunks import Chunk, ChunkReader, Reading
 from bigsimclr.data.names import counted
-from bigsimclr.data.order import Cut, Order
+from bigsimclr.data.order import Arranged, Cut, order_of
 from bigsimclr.data.resident import Resident
 from bigsimclr.data.workers import from_workers
 from bigsimclr.errors import DataError
@@ -122,7 +122,9 @@ class Loader:
         self._limit = _Limit(share=unreadable_limit, images=len(indices))
         self._reading = Reading(
             source=source,
-            order=Order(indices=indices, seed=seed),
+            order=order_of(
+                indices, seed, source.arrangement if isinstance(source, Arranged) else None
+            ),
             indices=indices,
             labels=labels,
             settings=settings,

@@ -19,6 +19,7 @@ from bigsimclr.data import EqualImages, Sample, Source
 from bigsimclr.data.chunks import image_at
 from bigsimclr.data.decode import UnreadableImageError
 from bigsimclr.data.names import printable
+from bigsimclr.data.order import Arranged
 from bigsimclr.data.workers import from_workers
 from bigsimclr.errors import DataError
 
@@ -41,6 +42,7 @@ class Resident:
         self.classes = source.classes
         self.labels = source.labels
         self.fingerprint = source.fingerprint
+        self.arrangement = source.arrangement if isinstance(source, Arranged) else None
         self.image_size: tuple[int, int] | None = (pixels.shape[1], pixels.shape[2])
 
     def __len__(self) -> int:
