@@ -5,7 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bigsimclr.cli import doctor, networks, reading, running
+from bigsimclr.cli import doctor, inspecting, networks, reading, running
 from bigsimclr.cli.command import Command
 
 _EXIT_CODES = (
@@ -45,6 +45,7 @@ recipes_app.command("ls", cls=Command)(reading.recipes_ls)
 recipes_app.command("cat", cls=Command)(reading.recipes_cat)
 recipes_app.command("cp", cls=Command)(reading.recipes_cp)
 data_app.command("split", cls=Command)(reading.data_split)
+data_app.command("scan", cls=Command)(inspecting.data_scan)
 
 
 def main() -> NoReturn:

@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Self
@@ -14,7 +14,7 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bigsimclr.data import Sample
+from bigsimclr.data import Sample, Splits
 from bigsimclr.data.names import NameTable, counted, fingerprint, printable, some
 from bigsimclr.data.places import named, require_folder
 from bigsimclr.errors import DataError
@@ -28,6 +28,19 @@ SUFFIXES: Final = frozenset(
 # Errors that a network file system reports in passing; the others will not go away by waiting.
 _PASSING: Final = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
 _WAITS_SECONDS: Final = (0.1, 1.0)
+# Far beyond any image, and far below what the memory of a worker should be asked for.
+_MOST_BYTES: Final = 1 << 30
+
+# Names by which folders of training and of held-out images go; the first one there is taken.
+_TRAINING_NAMES: Final = ("train", "training")
+_HELD_OUT_NAMES: Final = ("held_out", "val", "valid", "validation", "test")
+
+_KINDS: Final = (
+    (stat.S_ISFIFO, "a pipe, not a file"),
+    (stat.S_ISSOCK, "a socket, not a file"),
+    (stat.S_ISCHR, "a device, not a file"),
+    (stat.S_ISBLK, "a device, not a file"),
+)
 
 
 class FolderSource:
@@ -41,8 +54,10 @@ class FolderSource:
         sizes: NDArray[np.int64],  # [N] bytes
         labels: NDArray[np.int64],  # [N], -1 where there is none
         classes: tuple[str, ...],
+        left_out: Mapping[str, str] | None = None,  # name -> reason, of what only looks like one
     ) -> None:
         self.root = root
+        self.left_out: Mapping[str, str] = {} if left_out is None else left_out
         self.labels = labels
         self.classes = classes
         self.image_size: tuple[int, int] | None = None
@@ -77,6 +92,7 @@ class FolderSource:
             sizes=self._sizes[rows],
             labels=self.labels[rows],
             classes=self.classes,
+            left_out=self.left_out,
         )
 
 
@@ -96,6 +112,7 @@ def training_folder(
     """
     path, key = _place(root, folder, root_key=root_key, key="data.train")
     found = _scan(path, key)
+    _warn(found, path)
     classes = _class_names(found, path, key) if labelled else []
     return _source(path, found, tuple(classes), _labels(found.names, classes, path, key))
 
@@ -115,8 +132,36 @@ def held_out_folder(training: FolderSource, root: Path, folder: str) -> FolderSo
             f" {printable(str(training.root))} overlap: set data.train to a folder of its own"
         )
     found = _scan(path, key)
+    _warn(found, path)
     labels = _labels(found.names, list(training.classes), path, key)
     return _source(path, found, training.classes, labels)
+
+
+def found_folder(root: Path) -> Splits:
+    """Open all images below a folder as they lie there, to look at them; no recipe is meant.
+
+    Where it holds `train` beside `val` or `test`, these are the training and the held-out images.
+    Sub-folders are classes where no image lies beside them; classes may be empty.
+
+    Raises:
+        DataError: there are no images, or a folder cannot be read.
+    """
+    require_folder(root, "")
+    inner = {entry.name for entry in os.scandir(root) if _is_folder(entry)}
+    train = next((name for name in _TRAINING_NAMES if name in inner), None)
+    held_out = next((name for name in _HELD_OUT_NAMES if name in inner), None)
+    places = [root] if train is None or held_out is None else [root / train, root / held_out]
+    found = [_scan(place, "") for place in places]
+    names: list[str] = []
+    if all("/" in name for part in found for name in part.names):
+        names = sorted({name for part in found for name in part.folders}, key=os.fsencode)
+    sources = [
+        _source(place, part, tuple(names), _labels(part.names, names, place, ""))
+        for place, part in zip(places, found, strict=True)
+    ]
+    if len(sources) == 1:
+        return Splits(sources[0], None)
+    return Splits(sources[0], sources[1], f"the folder {held_out}")
 
 
 def count_folder(root: Path, folder: str, *, labelled: bool, key: str = "data.train") -> int:
@@ -127,6 +172,7 @@ def count_folder(root: Path, folder: str, *, labelled: bool, key: str = "data.tr
     """
     path, key = _place(root, folder, root_key="data.root", key=key)
     found = _scan(path, key)
+    _warn(found, path)
     if labelled:
         _class_names(found, path, key)
     return len(found.names)
@@ -152,8 +198,11 @@ def read_regular(path: Path) -> bytes:
 def _read_once(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise DataError("not a regular file")
+        if status.st_size > _MOST_BYTES:
+            raise DataError(f"holds {status.st_size} bytes (limit {_MOST_BYTES})")
         return file.read()
 
 
@@ -162,6 +211,7 @@ class _Found:
     names: list[str]  # sorted by their bytes, the same order under every locale
     sizes: NDArray[np.int64]
     folders: list[str]  # sub-folders of the first level, with or without images
+    left_out: dict[str, str]  # name -> reason, of entries with names of images that are no files
 
 
 def _place(root: Path, folder: str, *, root_key: str, key: str) -> tuple[Path, str]:
@@ -171,7 +221,7 @@ def _place(root: Path, folder: str, *, root_key: str, key: str) -> tuple[Path, s
     path = root / folder
     if path == root:
         return path, root_key
-    inner = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    inner = sorted(entry.name for entry in os.scandir(root) if _is_folder(entry))
     require_folder(
         path, key, missing_hint=f"{printable(str(root))} holds {some(inner)}" if inner else ""
     )
@@ -181,7 +231,7 @@ def _place(root: Path, folder: str, *, root_key: str, key: str) -> tuple[Path, s
 def _scan(path: Path, key: str) -> _Found:
     sizes: dict[str, int] = {}
     others: Counter[str] = Counter()
-    irregular: list[str] = []
+    left_out: dict[str, str] = {}
     folders: list[str] = []
     for entry, name in _walk(path, folders):
         suffix = PurePosixPath(name).suffix.lower()
@@ -190,26 +240,48 @@ def _scan(path: Path, key: str) -> _Found:
             continue
         try:
             status = entry.stat()
-        except OSError:
-            irregular.append(name)
+        except OSError as error:
+            left_out[name] = _why(entry, error)
             continue
         if stat.S_ISREG(status.st_mode):
             sizes[name] = status.st_size
         else:
-            irregular.append(name)
-    if irregular:
+            kinds = (words for is_kind, words in _KINDS if is_kind(status.st_mode))
+            left_out[name] = next(kinds, "not a regular file")
+    if not sizes:
+        raise DataError(named(key) + _nothing_found(path, others))
+    names = sorted(sizes, key=os.fsencode)
+    lengths = np.array([sizes[name] for name in names], np.int64)
+    return _Found(names, lengths, folders, left_out)
+
+
+def _warn(found: _Found, path: Path) -> None:
+    if found.left_out:
+        names = sorted(found.left_out)
         logger.warning(
             "%s: %s left out: %s",
             printable(str(path)),
             "1 entry has the name of an image, is not a file, and is"
-            if len(irregular) == 1
-            else f"{len(irregular)} entries have names of images, are not files, and are",
-            some(sorted(irregular)),
+            if len(names) == 1
+            else f"{len(names)} entries have names of images, are not files, and are",
+            some(names),
         )
-    if not sizes:
-        raise DataError(named(key) + _nothing_found(path, others))
-    names = sorted(sizes, key=os.fsencode)
-    return _Found(names, np.array([sizes[name] for name in names], np.int64), folders)
+
+
+def _why(entry: os.DirEntry[str], error: OSError) -> str:
+    if error.errno == errno.ENOENT and entry.is_symlink():
+        return "a link to nothing"
+    if error.errno == errno.ELOOP:
+        return "a link that leads to itself"
+    return error.strerror or "cannot be read"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link in a circle, or into a folder that is closed to us.
+        return False
 
 
 def _walk(root: Path, folders: list[str]) -> Iterator[tuple[os.DirEntry[str], str]]:
@@ -233,7 +305,7 @@ def _walk(root: Path, folders: list[str]) -> Iterator[tuple[os.DirEntry[str], st
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 yield entry, prefix + entry.name
                 continue
             if not prefix:
@@ -288,7 +360,12 @@ def _source(
     path: Path, found: _Found, classes: tuple[str, ...], labels: NDArray[np.int64]
 ) -> FolderSource:
     return FolderSource(
-        path, NameTable(found.names), sizes=found.sizes, labels=labels, classes=classes
+        path,
+        NameTable(found.names),
+        sizes=found.sizes,
+        labels=labels,
+        classes=classes,
+        left_out=found.left_out,
     )
 
 
