@@ -2,7 +2,8 @@
 
 Every mode becomes uint8 [h, w, 3] by a fixed rule:
 
-* grey (1, L) is repeated in three channels; 16-bit grey is divided by 257 and rounded;
+* grey (1, L) is repeated in three channels; 16-bit grey is divided by 257 and rounded, 16-bit
+  colour keeps its high bytes;
 * alpha (LA, PA, RGBA, transparent palettes) is dropped, as TensorFlow's `decode_image` does: the
   colours under transparent pixels are kept as stored;
 * palettes are looked up; CMYK and YCbCr take Pillow's formula; colour profiles are ignored;
