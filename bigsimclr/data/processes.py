@@ -39,6 +39,14 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
+def ending(code: int | None) -> str:
+    """Say how a process ended, by its exit code as `multiprocessing` gives it."""
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"by {signal.Signals(-code).name}"
+    return f"with exit code {code}"
+
+
 def in_processes(
     work: Callable[[int], T],  # a pure function of the number
     count: int,
@@ -152,7 +160,7 @@ class _Pool(Generic[T]):
         one.process.join()
         number, rest = one.number, one.numbers
         self._deaths[number] += 1
-        reason = _death(one.process.exitcode)
+        reason = ending(one.process.exitcode)
         if number == _NOWHERE and self._deaths[number] > _MOST_DEATHS:
             raise DataError(
                 f"processes that read images die again and again, last {reason}: is there too"
@@ -164,13 +172,6 @@ class _Pool(Generic[T]):
             yield number, self._on_death(number, f"ended {_TRIES} processes that read it, {reason}")
         if rest:
             self._waiting.appendleft(rest)
-
-
-def _death(code: int | None) -> str:
-    if code is not None and code < 0:
-        with contextlib.suppress(ValueError):
-            return f"by {signal.Signals(-code).name}"
-    return f"with exit code {code}"
 
 
 def _serve(

@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import signal
@@ -369,6 +370,56 @@ def test_workers_die_with_a_killed_training_process(tmp_path: Path, png: Encode)
     while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(_alive(pid) for pid in workers)
+
+
+def killed(folder: Path, png: Encode, *, kills: int, pause: float, limit: float) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (40, 48, 48, 3), dtype=np.uint8)
+    for number, pixels in enumerate(pictures):
+        (folder / f"{number}.png").write_bytes(png(pixels))
+    words = ["-m", "tests.data.kills", str(folder), "1", str(kills), str(pause)]
+    ended = subprocess.run(
+        [sys.executable, *words],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=limit,  # nothing may hang
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["kills"] == kills
+    assert set(found["endings"]) == {"same"}, found
+    told = ended.stderr.count("died by SIG")
+    assert kills / 2 < told <= kills  # some die when their last work is done already
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pause", [0.0, 0.02])
+def test_killed_workers_are_replaced_and_change_nothing(
+    tmp_path: Path, png: Encode, pause: float
+) -> None:
+    killed(tmp_path, png, kills=6, pause=pause, limit=300)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pause", [0.0, 0.02])
+def test_fifty_killed_workers_change_nothing(tmp_path: Path, png: Encode, pause: float) -> None:
+    killed(tmp_path, png, kills=50, pause=pause, limit=1500)
+
+
+def test_an_unexpected_error_of_a_worker_is_raised_with_its_place(
+    pictures: NDArray[np.uint8],
+) -> None:
+    class Failing(Single):
+        def read(self, index: int) -> Sample:
+            raise ZeroDivisionError(f"of all things, {index}")
+
+    with pytest.raises(
+        RuntimeError, match="^ZeroDivisionError while reading images: of all things"
+    ) as raised:
+        walked(Failing(pictures), workers=2)
+    assert "in read" in "".join(raised.value.__notes__)
 
 
 def _alive(pid: int) -> bool:
