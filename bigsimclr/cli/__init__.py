@@ -46,6 +46,8 @@ recipes_app.command("cat", cls=Command)(reading.recipes_cat)
 recipes_app.command("cp", cls=Command)(reading.recipes_cp)
 data_app.command("split", cls=Command)(reading.data_split)
 data_app.command("scan", cls=Command)(inspecting.data_scan)
+data_app.command("stats", cls=Command)(inspecting.data_stats)
+data_app.command("preview", cls=Command)(inspecting.data_preview)
 
 
 def main() -> NoReturn:

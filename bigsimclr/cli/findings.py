@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import TypeVar
 
+from bigsimclr.data.measure import Statistics
 from bigsimclr.data.names import counted, printable
 from bigsimclr.data.scan import Broken, Copy, Group, Scan, Spread
 
@@ -41,7 +42,7 @@ def scan_text(found: Scan, *, shown: int, bits: int) -> str:
         row("note", f"{count:,} of them: {trait} ({_TRAIT_NOTES[trait]})")
         for trait, count in found.traits.items()
     ]
-    lines += [*sizes(found.width, found.height, found.bytes), *class_lines(found)]
+    lines += [*sizes(found.width, found.height, found.bytes), *_class_lines(found)]
     alike = f"at most {bits} of 64 bits of a perceptual hash apart"
     kinds = (
         ("copies", found.copies, "training images", "with the bytes of an earlier one", ""),
@@ -57,6 +58,30 @@ def scan_text(found: Scan, *, shown: int, bits: int) -> str:
         note = f" ({'; '.join(notes)})" if notes else ""
         lines.append(row(heading, f"{len(copies):,} {who} {what}{note}"))
         lines += named_few(copies, shown, _copy)
+    return "\n".join(lines)
+
+
+def statistics_text(found: Statistics) -> str:
+    """Write what was measured."""
+    apart = f"{found.held_out:,} held out" if found.held_out else "none held out"
+    several = counted(found.measured, "image")
+    lines = [
+        row("images", f"{found.images:,} for training, {apart}"),
+        row("measured", f"{found.measured:,}, {found.bytes:,} bytes"),
+        *([row("", f"{found.unreadable:,} cannot be read")] if found.unreadable else []),
+        *sizes(found.width, found.height, found.size),
+        *_class_line(found.classes),
+        row("mean", f"{_channels(found.mean)} (red, green, blue of 0 to 1; over all pixels)"),
+        row("deviation", _channels(found.deviation)),
+    ]
+    if found.decoded_per_core_second is not None:
+        speed = f"{found.decoded_per_core_second:,.0f} images a second on one core"
+        lines.append(
+            row("decoding", f"{speed}: {several} in {found.decode_seconds:.3g} s of its time here")
+        )
+    lines.append(row("fingerprint", f"{found.fingerprint} (training)"))
+    if found.held_out:
+        lines.append(row("", f"{found.held_out_fingerprint} (held out)"))
     return "\n".join(lines)
 
 
@@ -101,16 +126,9 @@ def sizes(width: Spread | None, height: Spread | None, size: Spread | None) -> l
     ]
 
 
-def class_lines(found: Scan) -> list[str]:
+def _class_lines(found: Scan) -> list[str]:
     """Write the classes with their numbers of images, and those that have none."""
-    counts = found.train.classes
-    if not counts:
-        return [row("classes", "none: the images have no labels")]
-    least, most = min(counts.values()), max(counts.values())
-    text = f"{len(counts):,}, each {least:,}" + (f" to {most:,}" * (most > least)) + " images"
-    if len(counts) <= _MOST_CLASSES and most > least:
-        text += f" ({tally(counts)})"
-    lines = [row("classes", text)]
+    lines = _class_line(found.train.classes)
     for who, group in (("training", found.train), ("held-out", found.held_out)):
         bare = [] if group is None else [name for name, count in group.classes.items() if not count]
         if bare:
@@ -119,6 +137,20 @@ def class_lines(found: Scan) -> list[str]:
             count = counted(len(bare), "class", "classes")
             lines.append(row("", f"{count} without {who} images: {some}{more}"))
     return lines
+
+
+def _class_line(counts: dict[str, int]) -> list[str]:
+    if not counts:
+        return [row("classes", "none: the images have no labels")]
+    least, most = min(counts.values()), max(counts.values())
+    text = f"{len(counts):,}, each {least:,}" + (f" to {most:,}" * (most > least)) + " images"
+    if len(counts) <= _MOST_CLASSES and most > least:
+        text += f" ({tally(counts)})"
+    return [row("classes", text)]
+
+
+def _channels(values: tuple[float, float, float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
 
 
 def _broken(item: Broken) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bigsimclr.cli.command import OverridesArgument
+from bigsimclr.cli.command import OverridesArgument, RecipeArgument
 from bigsimclr.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -83,6 +83,68 @@ def data_scan(
     if not found.is_clean:
         place = "" if out is None else f"; listed in {out}"
         raise DataError(f"{verdict(found)}{place}")
+
+
+def data_stats(
+    images: ImagesArgument,
+    overrides: OverridesArgument = None,
+    *,
+    workers: WorkersOption = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Measure N training images at equal distances; default: all."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the training images: sizes, colours, how fast they decode here.
+
+    Mean and standard deviation are over all pixels. Images that cannot be read are left out.
+    """
+    from bigsimclr.cli.findings import statistics_text
+    from bigsimclr.data.measure import measure
+    from bigsimclr.data.processes import cores
+
+    opened = _opened(images, overrides or [])
+    train = len(opened.splits.train)
+    found = measure(
+        opened.splits,
+        max_pixels=opened.max_pixels,
+        sample=sample,
+        workers=cores() if workers is None else workers,
+        tell=_progress("measured", train if sample is None else min(sample, train)),
+    )
+    if as_json:
+        speed = {"decoded_per_core_second": found.decoded_per_core_second}
+        print(json.dumps(asdict(found) | speed, indent=2))
+    else:
+        print(statistics_text(found))
+
+
+def data_preview(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FILE", help=".png or .html file to write."),
+    ] = Path("preview.png"),
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images to show.")] = 8,
+) -> None:
+    """Show the views that training makes of the first images.
+
+    Each row is an image with the crops marked in it, and its views. The page also says what was
+    drawn. Of a pipeline, the first step is shown.
+    """
+    from bigsimclr.data.names import counted
+    from bigsimclr.stages.preview import SUFFIXES, examples, write_preview
+
+    if out.suffix.lower() not in SUFFIXES:
+        raise RecipeError(f"data preview: {out} must end in {' or '.join(SUFFIXES)}")
+    shown = examples(_stage_recipe(recipe, overrides or []), images)
+    write_preview(shown, out, title=" ".join([recipe, *(overrides or [])]))
+    print(f"{out}: views of {counted(len(shown), 'image')}")
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,18 @@ def encode_png(
     return stream.getvalue()
 
 
+def fitted(
+    pixels: NDArray[np.uint8],  # [h, w, 3]
+    side: int,  # pixels of the longer side
+) -> NDArray[np.uint8]:
+    """Bring an image to a size for people to look at; small ones keep their square pixels."""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(pixels).resize(size, how))
+
+
 def _decoded(encoded: bytes, max_pixels: int) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         pixels = image.width * image.height

@@ -416,7 +416,7 @@ def test_an_unexpected_error_of_a_worker_is_raised_with_its_place(
             raise ZeroDivisionError(f"of all things, {index}")
 
     with pytest.raises(
-        RuntimeError, match="^ZeroDivisionError while reading images: of all things"
+        RuntimeError, match=r"^ZeroDivisionError while reading images: of all things"
     ) as raised:
         walked(Failing(pictures), workers=2)
     assert "in read" in "".join(raised.value.__notes__)
