@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from multiprocessing.reduction import recv_handle, send_handle
+from multiprocessing.util import Finalize
 from typing import Final, Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -111,6 +112,9 @@ class _Team(Generic[T]):
         self._deaths: Counter[int] = Counter()
         self._in_a_row = 0
         self._workers: list[_Worker] = []
+        # A generator that an error keeps alive is not closed before the process exits, which would
+        # wait for ever for workers that ignore requests to stop.
+        self.end = Finalize(None, _end, args=(self._workers,), exitpriority=1)
         for _ in range(workers):
             self._workers.append(self._started())
 
@@ -132,13 +136,6 @@ class _Team(Generic[T]):
             ready[number] = item
             worker.given.remove(number)
             self._in_a_row = 0
-
-    def end(self) -> None:
-        for worker in self._workers:
-            worker.process.kill()
-            worker.connection.close()
-        for worker in self._workers:
-            worker.process.join()
 
     def _hand(self, worker: _Worker, number: int) -> None:
         worker.given.append(number)
@@ -180,6 +177,14 @@ class _Team(Generic[T]):
         self._workers[self._workers.index(worker)] = fresh
         for number in worker.given:
             self._hand(fresh, number)
+
+
+def _end(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.process.kill()
+        worker.connection.close()
+    for worker in workers:
+        worker.process.join()
 
 
 def _allow_open_files() -> None:

@@ -408,6 +408,37 @@ def test_fifty_killed_workers_change_nothing(tmp_path: Path, png: Encode, pause:
     killed(tmp_path, png, kills=50, pause=pause, limit=1500)
 
 
+def test_a_stream_that_nobody_closes_does_not_keep_the_process(tmp_path: Path) -> None:
+    script = tmp_path / "left.py"
+    script.write_text(
+        "import numpy as np\n"
+        "from bigsimclr.augment import ViewSettings\n"
+        "from bigsimclr.data.arrays import ArraySource\n"
+        "from bigsimclr.data.chunks import ChunkReader, Reading\n"
+        "from bigsimclr.data.order import Cut, Order\n"
+        "from bigsimclr.data.workers import from_workers\n"
+        "source, every = ArraySource(np.zeros((9, 9, 9, 3), np.uint8)), np.arange(9)\n"
+        "reading = Reading(source=source, order=Order(indices=every, seed=0), indices=every,\n"
+        "    labels=source.labels, settings=ViewSettings(image_size=8), views=2, max_pixels=99)\n"
+        "cut = Cut(first_example=0, step_examples=4, low=0, high=4, chunk=4)\n"
+        "stream = from_workers(ChunkReader(reading, cut, 99), 99, workers=2, ahead=4)\n"
+        "print(len(next(stream).indices))\n"
+        "kept = [stream]\n"
+        "kept.append(kept)\n"
+        "raise RuntimeError('an error that nobody expects')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ended.stdout == "4\n"
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("RuntimeError: an error that nobody expects\n")
+
+
 def test_an_unexpected_error_of_a_worker_is_raised_with_its_place(
     pictures: NDArray[np.uint8],
 ) -> None:
