@@ -98,7 +98,7 @@ def data_stats(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the training images: sizes, colours, how fast they decode here.
+    """Measure the training images: sizes, colours, decoding speed.
 
     Mean and standard deviation are over all pixels. Images that cannot be read are left out.
     """

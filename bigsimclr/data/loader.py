@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 Integers = NDArray[np.int64]
 
-# What a worker does at a time: small pieces keep all workers busy to the end of a batch, and several
-# of them wait in memory.
+# What a worker does at a time: small pieces keep all workers busy to the end of a batch, and
+# several of them wait in memory.
 _CHUNK_IMAGES = 64
 _CHUNK_BYTES = 8 << 20
 
