@@ -1,6 +1,6 @@
 """Read, decode and crop a chunk of images; this is what worker processes do."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,13 @@ class Chunk:
     indices: Integers  # [b] images shown, by their index in the source
     unreadable: dict[str, str] = field(default_factory=dict)  # name -> reason
     failure: str = ""  # why nothing could be read; then the chunk is empty
+
+    def with_pixels(
+        self,
+        pixels: Tensor,  # float32 [V, b, 3, H, W]
+    ) -> "Chunk":
+        """Return the chunk with other pixels."""
+        return replace(self, pixels=pixels)
 
 
 @dataclass(frozen=True)

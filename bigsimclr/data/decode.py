@@ -2,7 +2,8 @@
 
 Every mode becomes uint8 [h, w, 3] by a fixed rule:
 
-* grey (1, L) is repeated in three channels; 16-bit grey is divided by 257 and rounded;
+* grey (1, L) is repeated in three channels; 16-bit grey is divided by 257 and rounded, 16-bit
+  colour keeps its high bytes;
 * alpha (LA, PA, RGBA, transparent palettes) is dropped, as TensorFlow's `decode_image` does: the
   colours under transparent pixels are kept as stored;
 * palettes are looked up; CMYK and YCbCr take Pillow's formula; colour profiles are ignored;
@@ -13,7 +14,10 @@ Other modes (32-bit integers beyond 16 bits, floats, LAB) have no agreed range a
 """
 
 import io
+import re
 import warnings
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -26,10 +30,23 @@ from bigsimclr.errors import DataError
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
 _BY_PILLOW: Final = frozenset({"1", "L", "P", "PA", "RGBX", "CMYK", "YCbCr"})
+_ORIENTATION: Final = 0x0112  # the EXIF tag; 1 is upright
 
 
 class UnreadableImageError(DataError):
     """One image cannot be used; the message is the reason in a few words."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the head of an image file declares; no pixel was decoded."""
+
+    format: str  # as Pillow calls it
+    mode: str
+    is_wide: bool  # more than 8 bits for a channel
+    is_turned: bool  # EXIF says that it is to be shown turned or mirrored
+    has_frames: bool  # more than one
+    has_profile: bool  # a colour profile
 
 
 def decode(
@@ -60,10 +77,57 @@ def decode(
         raise
     except UnidentifiedImageError:
         raise UnreadableImageError(f"not one of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError as error:
+        # Pillow's own limit, tried while it reads the header.
+        declared = re.search(r"\((\d+) pixels\)", str(error))
+        most = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        count = declared[1] if declared else f"over {most}"
+        raise UnreadableImageError(f"declares {count} pixels (limit {most})") from None
     except Exception as error:
         # Damaged files make Pillow's readers raise almost any type.
         reason = printable(f"{type(error).__name__}: {error}")[:200]
         raise UnreadableImageError(reason) from error
+
+
+def read_header(encoded: bytes) -> Header | None:
+    """Say what the head of an image file declares; None where it cannot be understood."""
+    with suppress(Exception), warnings.catch_warnings():  # as above: almost any type
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            # Pillow decodes a PNG to look for EXIF behind its pixels; what stands before will do.
+            has_exif = "exif" in image.info or image.format == "TIFF"
+            raw = image.tile[0].args if image.tile else ""
+            depth = f"{image.mode} {raw if isinstance(raw, str) else raw[0] if raw else ''}"
+            return Header(
+                format=image.format or "",
+                mode=image.mode,
+                is_wide=re.search(r"16|32|^I|^F", depth) is not None,
+                is_turned=has_exif and image.getexif().get(_ORIENTATION, 1) != 1,
+                has_frames=bool(getattr(image, "is_animated", False)),
+                has_profile="icc_profile" in image.info,
+            )
+    return None
+
+
+def encode_png(
+    pixels: NDArray[np.uint8],  # [h, w, 3]
+) -> bytes:
+    """Encode pixels as a PNG file; the same pixels give the same bytes."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def fitted(
+    pixels: NDArray[np.uint8],  # [h, w, 3]
+    side: int,  # pixels of the longer side
+) -> NDArray[np.uint8]:
+    """Bring an image to a size for people to look at; small ones keep their square pixels."""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(pixels).resize(size, how))
 
 
 def _decoded(encoded: bytes, max_pixels: int) -> NDArray[np.uint8]:

@@ -2,18 +2,26 @@
 
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigsimclr.data import Sample
-from bigsimclr.data.listing import Listing, walk_folder
+from bigsimclr.data import Sample, Splits
+from bigsimclr.data.listing import Listing, is_folder, walk_folder, warn_of_left_out
 from bigsimclr.data.manifest import listed_images
 from bigsimclr.data.names import NameTable, counted, fingerprint, printable, some
 from bigsimclr.data.places import named, patiently, require_folder
 from bigsimclr.errors import DataError
+
+# Far beyond any image, and far below what the memory of a worker should be asked for.
+_MOST_BYTES: Final = 1 << 30
+
+# Names by which folders of training and of held-out images go; the first one there is taken.
+_TRAINING_NAMES: Final = ("train", "training")
+_HELD_OUT_NAMES: Final = ("held_out", "val", "valid", "validation", "test")
 
 
 class FolderSource:
@@ -27,8 +35,10 @@ class FolderSource:
         sizes: NDArray[np.int64],  # [N] bytes
         labels: NDArray[np.int64],  # [N], -1 where there is none
         classes: tuple[str, ...],
+        left_out: Mapping[str, str] | None = None,  # name -> reason, of what only looks like one
     ) -> None:
         self.root = root
+        self.left_out: Mapping[str, str] = {} if left_out is None else left_out
         self.labels = labels
         self.classes = classes
         self.image_size: tuple[int, int] | None = None
@@ -71,6 +81,7 @@ class FolderSource:
             sizes=self._sizes[rows],
             labels=self.labels[rows],
             classes=self.classes,
+            left_out=self.left_out,
         )
 
 
@@ -121,6 +132,33 @@ def held_out_folder(
     return _source(path, found, training.classes, labels)
 
 
+def found_folder(root: Path) -> Splits:
+    """Open all images below a folder as they lie there, to look at them; no recipe is meant.
+
+    Where it holds `train` beside `val` or `test`, these are the training and the held-out images.
+    Sub-folders are classes where no image lies beside them; classes may be empty.
+
+    Raises:
+        DataError: there are no images, or a folder cannot be read.
+    """
+    require_folder(root, "")
+    inner = {entry.name for entry in os.scandir(root) if is_folder(entry)}
+    train = next((name for name in _TRAINING_NAMES if name in inner), None)
+    held_out = next((name for name in _HELD_OUT_NAMES if name in inner), None)
+    places = [root] if train is None or held_out is None else [root / train, root / held_out]
+    found = [walk_folder(place, "") for place in places]
+    names: list[str] = []
+    if all("/" in name for part in found for name in part.names):
+        names = sorted({name for part in found for name in part.inner}, key=os.fsencode)
+    sources = [
+        _source(place, part, tuple(names), _labels(part.names, names, place, ""))
+        for place, part in zip(places, found, strict=True)
+    ]
+    if len(sources) == 1:
+        return Splits(sources[0], None)
+    return Splits(sources[0], sources[1], f"the folder {held_out}")
+
+
 def count_folder(
     root: Path,
     folder: str,
@@ -146,7 +184,7 @@ def read_regular(path: Path) -> bytes:
 
     Raises:
         OSError: it cannot be read, after two more tries where the error may pass.
-        DataError: it is not a regular file.
+        DataError: it is not a regular file, or far bigger than an image.
     """
     return patiently(lambda: _read_once(path))
 
@@ -154,8 +192,11 @@ def read_regular(path: Path) -> bytes:
 def _read_once(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise DataError("not a regular file")
+        if status.st_size > _MOST_BYTES:
+            raise DataError(f"holds {status.st_size} bytes (limit {_MOST_BYTES})")
         return file.read()
 
 
@@ -166,7 +207,7 @@ def _place(root: Path, folder: str, *, root_key: str, key: str) -> tuple[Path, s
     path = root / folder
     if path == root:
         return path, root_key
-    inner = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    inner = sorted(entry.name for entry in os.scandir(root) if is_folder(entry))
     require_folder(
         path, key, missing_hint=f"{printable(str(root))} holds {some(inner)}" if inner else ""
     )
@@ -175,7 +216,9 @@ def _place(root: Path, folder: str, *, root_key: str, key: str) -> tuple[Path, s
 
 def _listing(root: Path, folder: str, path: Path, key: str, manifest: Path | None) -> Listing:
     if manifest is None:
-        return walk_folder(path, key)
+        found = walk_folder(path, key)
+        warn_of_left_out(found, path)
+        return found
     return listed_images(manifest, root, folder, key="data.manifest")
 
 
@@ -222,5 +265,10 @@ def _source(
     path: Path, found: Listing, classes: tuple[str, ...], labels: NDArray[np.int64]
 ) -> FolderSource:
     return FolderSource(
-        path, NameTable(found.names), sizes=found.sizes, labels=labels, classes=classes
+        path,
+        NameTable(found.names),
+        sizes=found.sizes,
+        labels=labels,
+        classes=classes,
+        left_out=found.left_out,
     )

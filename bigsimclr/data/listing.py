@@ -1,5 +1,6 @@
 """Which images a folder holds, found by walking through it."""
 
+import errno
 import logging
 import os
 import stat
@@ -25,6 +26,13 @@ SUFFIXES: Final = frozenset(
 # Clocks of file systems may be as coarse as that.
 _SETTLED_NANOSECONDS: Final = 3_000_000_000
 
+_KINDS: Final = (
+    (stat.S_ISFIFO, "a pipe, not a file"),
+    (stat.S_ISSOCK, "a socket, not a file"),
+    (stat.S_ISCHR, "a device, not a file"),
+    (stat.S_ISBLK, "a device, not a file"),
+)
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -35,6 +43,7 @@ class Listing:
     # Folders on the way, with or without images, and when each last changed in nanoseconds; 0
     # where that was too recent to tell. "" is the folder itself.
     folders: dict[str, int]
+    left_out: dict[str, str]  # name -> reason, of entries with names of images that are no files
 
     @property
     def inner(self) -> list[str]:
@@ -54,7 +63,7 @@ def walk_folder(path: Path, key: str) -> Listing:
     """
     sizes: dict[str, int] = {}
     others: Counter[str] = Counter()
-    irregular: list[str] = []
+    left_out: dict[str, str] = {}
     folders: dict[str, int] = {}
     for entry, name in _walk(path, folders):
         suffix = PurePosixPath(name).suffix.lower()
@@ -63,26 +72,50 @@ def walk_folder(path: Path, key: str) -> Listing:
             continue
         try:
             status = entry.stat()
-        except OSError:
-            irregular.append(name)
+        except OSError as error:
+            left_out[name] = _why(entry, error)
             continue
         if stat.S_ISREG(status.st_mode):
             sizes[name] = status.st_size
         else:
-            irregular.append(name)
-    if irregular:
+            kinds = (words for is_kind, words in _KINDS if is_kind(status.st_mode))
+            left_out[name] = next(kinds, "not a regular file")
+    if not sizes:
+        raise DataError(named(key) + _nothing_found(path, others))
+    names = sorted(sizes, key=os.fsencode)
+    lengths = np.array([sizes[name] for name in names], np.int64)
+    return Listing(names, lengths, folders, left_out)
+
+
+def warn_of_left_out(found: Listing, path: Path) -> None:
+    """Log which entries of a folder were left out, if there are any."""
+    if found.left_out:
+        names = sorted(found.left_out)
         logger.warning(
             "%s: %s left out: %s",
             printable(str(path)),
             "1 entry has the name of an image, is not a file, and is"
-            if len(irregular) == 1
-            else f"{len(irregular)} entries have names of images, are not files, and are",
-            some(sorted(irregular)),
+            if len(names) == 1
+            else f"{len(names)} entries have names of images, are not files, and are",
+            some(names),
         )
-    if not sizes:
-        raise DataError(named(key) + _nothing_found(path, others))
-    names = sorted(sizes, key=os.fsencode)
-    return Listing(names, np.array([sizes[name] for name in names], np.int64), folders)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Say whether an entry is a folder, or a link to one, that can be entered."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link in a circle, or into a folder that is closed to us.
+        return False
+
+
+def _why(entry: os.DirEntry[str], error: OSError) -> str:
+    if error.errno == errno.ENOENT and entry.is_symlink():
+        return "a link to nothing"
+    if error.errno == errno.ELOOP:
+        return "a link that leads to itself"
+    return error.strerror or "cannot be read"
 
 
 def _walk(root: Path, folders: dict[str, int]) -> Iterator[tuple[os.DirEntry[str], str]]:
@@ -107,7 +140,7 @@ def _walk(root: Path, folders: dict[str, int]) -> Iterator[tuple[os.DirEntry[str
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if not entry.is_dir():
+            if not is_folder(entry):
                 yield entry, prefix + entry.name
                 continue
             # A link may lead back to a folder above: its device and number give it away.

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 Integers = NDArray[np.int64]
 
-# A chunk crosses from a worker to the training process through shared memory, which containers
-# often limit to 64 MiB, and several are on their way at a time.
+# What a worker does at a time: small pieces keep all workers busy to the end of a batch, and
+# several of them wait in memory.
 _CHUNK_IMAGES = 64
 _CHUNK_BYTES = 8 << 20
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from bigsimclr.data.listing import Listing, walk_folder
+from bigsimclr.data.listing import Listing, walk_folder, warn_of_left_out
 from bigsimclr.data.names import counted, fingerprint, printable, some
 from bigsimclr.data.places import require_file
 from bigsimclr.errors import DataError
@@ -25,11 +25,13 @@ def write_manifest(root: Path, path: Path) -> Listing:
         StorageError: the file cannot be written.
     """
     found = walk_folder(root, "")
+    warn_of_left_out(found, root)
     content = {
         "format": _FORMAT,
         "images": len(found.names),
         "fingerprint": _fingerprint(found),
         "folders": found.folders,
+        "left_out": found.left_out,
         "names": found.names,
         "sizes": found.sizes.tolist(),
     }
@@ -75,12 +77,13 @@ def _read(path: Path, shown: str) -> Listing:
             names=[str(name) for name in content["names"]],
             sizes=np.array(content["sizes"], np.int64),
             folders={str(name): int(time) for name, time in content["folders"].items()},
+            left_out={str(name): str(reason) for name, reason in content["left_out"].items()},
         )
         is_whole = content["format"] == _FORMAT and content["fingerprint"] == _fingerprint(found)
     except OSError as error:
         raise DataError(f"{shown}: {error.strerror}") from error
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        is_whole, found = False, Listing([], np.zeros(0, np.int64), {})
+        is_whole, found = False, Listing([], np.zeros(0, np.int64), {}, {})
     unsafe = [name for name in (*found.names, *found.folders) if _leaves(name)]
     if not is_whole or unsafe or len(found.names) != len(found.sizes):
         raise DataError(f"{shown} is not a manifest, or is damaged; write it again")
@@ -102,9 +105,13 @@ def _below(found: Listing, folder: str) -> Listing:
         for name, time in found.folders.items()
         if name == folder or name.startswith(front)
     }
-    return Listing(
-        [found.names[row].removeprefix(front) for row in rows], found.sizes[rows], folders
-    )
+    left_out = {
+        name.removeprefix(front): reason
+        for name, reason in found.left_out.items()
+        if name.startswith(front)
+    }
+    names = [found.names[row].removeprefix(front) for row in rows]
+    return Listing(names, found.sizes[rows], folders, left_out)
 
 
 def _is_as_it_was(folder: Path, time: int) -> bool:

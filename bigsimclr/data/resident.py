@@ -6,7 +6,7 @@ Shapes: N images of H x W pixels.
 import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -100,6 +100,12 @@ def make_resident(
 class _Piece:
     pixels: Tensor  # uint8 [b, H, W, 3]
     failure: str = ""  # why there are none
+
+    def with_pixels(
+        self,
+        pixels: Tensor,  # uint8 [b, H, W, 3]
+    ) -> "_Piece":
+        return replace(self, pixels=pixels)
 
 
 class _Decoder(Dataset[_Piece]):

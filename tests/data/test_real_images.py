@@ -11,9 +11,12 @@ import torch
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.device import make_views
 from bigsimclr.data import build_data, count_examples
-from bigsimclr.data.folder import training_folder
+from bigsimclr.data.alike import perceptual_hash
+from bigsimclr.data.decode import decode
+from bigsimclr.data.folder import found_folder, training_folder
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches, view_hash
 from bigsimclr.data.pack import pack
+from bigsimclr.data.scan import scan
 from bigsimclr.recipe.sources import FolderData, ParquetData, ShardsData
 
 REPOSITORY = Path(__file__).parents[2]
@@ -182,3 +185,54 @@ def test_photographs_have_one_view_hash_from_files_and_from_shards(
             assert not loader.unreadable
             found.add((view_hash(batch), batch.pixels.numpy().tobytes()))
     assert len(found) == 1
+
+
+@pytest.mark.slow
+def test_a_thousand_photographs_are_scanned(tmp_path: Path) -> None:
+    if not SHARDS:
+        pytest.skip(f"no photographs in {DATA}")
+    for path in SHARDS:
+        with tarfile.open(path) as shard:
+            for member in shard:
+                if member.name.endswith(".jpg"):
+                    content = shard.extractfile(member)
+                    assert content is not None
+                    (tmp_path / Path(member.name).name).write_bytes(content.read())
+    found = scan(found_folder(tmp_path), max_pixels=64_000_000, workers=2)
+    assert found.train.images == 1000
+    assert found.broken == ()
+    assert found.formats == {"JPEG": 1000}
+    assert found.modes == {"RGB": 977, "L": 23}
+    assert (found.copies, found.alike) == ((), ())
+    assert found.train.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_cifar10_has_test_images_that_look_like_training_images() -> None:
+    pytest.importorskip("pyarrow")
+    if not CIFAR10.is_dir():
+        pytest.skip(f"no CIFAR-10 in {DATA}")
+    section = ParquetData(kind="parquet", root=CIFAR10, held_out="test*.parquet")
+    splits = build_data(section)
+    found = scan(splits, max_pixels=10_000, workers=2)
+    assert splits.held_out is not None
+    assert found.held_out is not None
+    assert (found.train.images, found.held_out.images) == (50_000, 10_000)
+    assert (found.broken, found.leaks) == ((), ())
+    # Of ten classes one in ten would fit by chance.
+    assert len(found.leaks_alike) > 50
+    assert all(copy.is_same_class for copy in found.leaks_alike)
+    numbers = [
+        {source.name(index): index for index in range(len(source))}
+        for source in (splits.held_out, splits.train)
+    ]
+    for copy in found.leaks_alike:
+        hashes = [
+            perceptual_hash(decode(source.read(number[name]).image, max_pixels=10_000))
+            for source, number, name in (
+                (splits.held_out, numbers[0], copy.name),
+                (splits.train, numbers[1], copy.of),
+            )
+        ]
+        assert None not in hashes
+        assert (hashes[0] ^ hashes[1]).bit_count() == copy.bits <= 4  # type: ignore[operator]
