@@ -68,7 +68,8 @@ storm-ranks: setup ## The long tests of several ranks; then kill and freeze sing
 	@$(BIN)/python -m benchmarks.storm_ranks --kills 20 --stops 7 -o benchmarks/results/storm_ranks.json
 
 storm-slurm: setup ## A real Slurm on this machine: preempt, requeue, cancel jobs, lose nodes; compare weights
-	@$(BIN)/python -m benchmarks.storm_slurm --events 40 -o benchmarks/results/storm_slurm.json
+	@$(BIN)/python -m pytest -q -m "slow and not gpu" tests/launch/test_slurm.py tests/launch/test_slurm_names.py
+	@$(BIN)/python -m benchmarks.storm_slurm --events 42 -o benchmarks/results/storm_slurm.json
 
 storm-pack: setup ## Pack 60,000 images of CIFAR-10 while being killed ten times; nothing is lost or doubled
 	@$(BIN)/python -m pytest -q -m "slow or long" tests/data/test_pack.py

@@ -138,11 +138,14 @@ class Storm:
             if not self._instant_comes(run, job):
                 break
             event = waiting.pop()
-            self.findings.events[event] = self.findings.events.get(event, 0) + 1
             print(f"{time.strftime('%X')} {run.name}: {event}", file=sys.stderr, flush=True)
             before = published(run / "checkpoints")
             back = self._strike(event, job)
             verify(before, published(run / "checkpoints"), self.findings)
+            if back is None:
+                waiting.insert(0, event)
+                break
+            self.findings.events[event] = self.findings.events.get(event, 0) + 1
             if event == "controller lost":
                 continue
             if event == "scancel":
@@ -173,15 +176,15 @@ class Storm:
             return (run / "result.json").exists()
 
         self._await(lambda: trains() or is_over(), f"job {job} to train")
-        end = time.monotonic() + self._chooser.uniform(0.05, 0.3) * self._train_seconds
+        end = time.monotonic() + self._chooser.uniform(0.02, 0.15) * self._train_seconds
         self._await(lambda: time.monotonic() > end or is_over(), "the instant")
         return not is_over()
 
-    def _strike(self, event: Event, job: str) -> Callable[[], None]:
+    def _strike(self, event: Event, job: str) -> Callable[[], None] | None:
         """Let one event happen, and wait until the job begins again.
 
         Returns:
-            What puts the cluster in order afterwards.
+            What puts the cluster in order afterwards; None where the run was finished first.
         """
         slurm = self._lab.slurm
         back: Callable[[], None] = _nothing
@@ -209,11 +212,25 @@ class Storm:
                 time.sleep(DEAD_SECONDS)
                 self.findings.resurrected += self._state(job) != "CANCELLED"
                 return back
-        self._await(lambda: int(self._lab.job(job)["Restarts"]) > before, f"restart after {event}")
-        if event == "time limit":
-            slurm("scontrol", "update", f"JobId={job}", "TimeLimit=120")
-        self._await(lambda: self._state(job) == "RUNNING", f"job {job} to begin after {event}")
+        if not self._begins_again(job, before, event):
+            back()
+            return None
         return back
+
+    def _begins_again(self, job: str, restarts: int, event: Event) -> bool:
+        """Wait until a job begins again, and say whether it does: it may have been finished."""
+
+        def is_decided() -> bool:
+            facts = self._lab.job(job)
+            return int(facts["Restarts"]) > restarts or facts["JobState"] == "COMPLETED"
+
+        self._await(is_decided, f"restart after {event}")
+        if int(self._lab.job(job)["Restarts"]) == restarts:
+            return False
+        if event == "time limit":
+            self._lab.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=120")
+        self._await(lambda: self._state(job) == "RUNNING", f"job {job} to begin after {event}")
+        return True
 
     def _lose_node(self, job: str) -> Callable[[], None]:
         facts = self._lab.job(job)
@@ -284,7 +301,7 @@ def main() -> None:
     )
     parser.add_argument("--events", type=int, default=40, help="of all kinds in turn")
     parser.add_argument("--kinds", nargs="+", choices=get_args(Event), default=get_args(Event))
-    parser.add_argument("--steps", type=int, default=400, help="updates of each run")
+    parser.add_argument("--steps", type=int, default=1200, help="updates of each run")
     parser.add_argument("--seed", type=int, default=0, help="chooses the instants")
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the findings")
     options = parser.parse_args()

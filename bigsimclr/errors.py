@@ -1,6 +1,9 @@
 """The errors a user can cause or meet, each with the exit code the command line returns for it."""
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+INTERRUPTED: Final = 130
+"""Exit code after Ctrl-C, which is nobody's error."""
 
 
 class BigSimCLRError(Exception):

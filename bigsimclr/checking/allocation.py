@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from bigsimclr.checking import CheckedRun, check_recipe
@@ -10,6 +11,7 @@ from bigsimclr.checking.costs import si
 from bigsimclr.launch.profile import GpuName, Profile, time_seconds
 from bigsimclr.launch.submission import Job, Submission
 from bigsimclr.recipe.schema import KnnRecipe
+from bigsimclr.recipe.yaml_tree import show
 
 PEAK_FLOPS: Final[dict[GpuName, float]] = {"a100": 312e12, "h100": 989e12, "h200": 989e12}
 """Dense 16-bit arithmetic a second, from NVIDIA's data sheets of the SXM boards."""
@@ -19,6 +21,7 @@ USABLE_BYTES: Final[dict[GpuName, int]] = {
     "h200": 140_000_000_000,
 }
 """What estimates may take: a board has 6% more, for images, loss, buffers and workspaces."""
+_LONGEST_COMMAND: Final = 10_000  # characters
 UTILISATION: Final = 0.35
 """Share of the peak that is assumed where nothing was measured."""
 
@@ -119,13 +122,24 @@ def dry_run_text(
         MissingExtraError: submitit is not installed.
     """
     lines = []
-    for run in check_recipe(source, changes, world_size=profile.world_size, examples=examples):
-        rows = [*run.rows, *allocation_rows(run, profile, images_per_second=speed)]
-        lines += [f"# {run.path or submission.out}", *_table(rows), ""]
+    for directory, all_changes in _plans(submission, changes):
+        checked = check_recipe(
+            source, all_changes, world_size=profile.world_size, examples=examples
+        )
+        for run in checked:
+            rows = [*run.rows, *allocation_rows(run, profile, images_per_second=speed)]
+            lines += [f"# {run.path or directory}", *_table(rows), ""]
     lines += [f"# finished already: {name}" for name in submission.finished]
     for job in submission.jobs:
         lines += _job_lines(job, profile, waits=waits)
     return "\n".join(lines).rstrip()
+
+
+def _plans(submission: Submission, changes: Sequence[str]) -> list[tuple[Path, list[str]]]:
+    """Return each recipe's directory with all its changes; a sweep has several."""
+    elements = [element for job in submission.jobs for element in job.elements]
+    swept = [(each.run, [*changes, *each.changes]) for each in elements if each.changes]
+    return swept or [(submission.out, list(changes))]
 
 
 def _job_lines(job: Job, profile: Profile, *, waits: bool) -> list[str]:
@@ -145,7 +159,8 @@ def _job_lines(job: Job, profile: Profile, *, waits: bool) -> list[str]:
     lines = [f"# batch script{f' of step {job.step}' * bool(job.step)}, in {job.folder}"]
     lines += script(job, profile, dependencies=needs).splitlines()
     for element in job.elements:
-        lines.append(f"# which goes on as: {shlex.join(['bigsimclr', *element.words])}")
+        words = shlex.join(["bigsimclr", *element.words])
+        lines.append(f"# which goes on as: {show(words, _LONGEST_COMMAND)}")
     lines.append(f"# and starts the ranks by: {shlex.join(srun_words(given, profile))} ...")
     return [*lines, ""]
 

@@ -60,19 +60,20 @@ def submit(
     examples: ExamplesOption = None,
     images_per_second: SpeedOption = None,
 ) -> None:
-    """Submit a recipe to Slurm; the job continues by itself until the run is finished.
+    """Submit a recipe to Slurm, as jobs that requeue themselves.
 
-    A pipeline becomes one job for each step, each waiting for the step that it builds on. The same
-    command submits again what is not finished.
+    They continue until the run is finished. A pipeline becomes one job for each step, each waiting
+    for the step that it builds on. The same command submits again what is not finished.
     """
     from bigsimclr.launch.profile import load_profile
-    from bigsimclr.launch.submission import plan_submission
+    from bigsimclr.launch.submission import check_shares, plan_submission
     from bigsimclr.recipe import run_name
 
     profile = load_profile(on, setting or [])
     changes, before = overrides or [], after or []
     directory = out if out is not None else Path("runs") / run_name(recipe).replace("/", "-")
     planned = plan_submission(recipe, changes, out=directory, sweep=array or [], waits=bool(before))
+    check_shares(planned, profile)
     if dry_run:
         from bigsimclr.checking.allocation import dry_run_text
 
@@ -119,7 +120,7 @@ def srun(
     ] = None,
     only: OnlyOption = None,
 ) -> None:
-    """In a batch script of your own: run a recipe on all tasks of the job.
+    """In a batch script: run a recipe on all tasks of the job.
 
     Saves and requeues the job when its time is up; `slurm/train.sbatch` shows what sbatch has to
     be told.
@@ -145,7 +146,7 @@ def runs(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List runs with their jobs: state, step, loss, time left, restarts."""
+    """List runs with their jobs: state, step, loss, time left."""
     from bigsimclr.launch.overview import list_runs, overview_text
 
     lines, note = list_runs(folder)
@@ -162,7 +163,10 @@ def cancel(
         list[Path], typer.Argument(metavar="RUN...", help="Run directories, or numbers of jobs.")
     ],
 ) -> None:
-    """Cancel the jobs of runs; what they have saved stays, and `submit` continues it."""
+    """Cancel the jobs of runs; `submit` continues them.
+
+    What they have saved stays.
+    """
     from bigsimclr.launch.overview import active_jobs
     from bigsimclr.launch.scheduler import cancel as cancel_jobs
 

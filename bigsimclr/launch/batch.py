@@ -18,14 +18,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, Literal, TypeVar
 
-from bigsimclr.errors import DistributedError, RecipeError, Stopped
+from bigsimclr.errors import INTERRUPTED, DistributedError, RecipeError, Stopped
 from bigsimclr.launch import scheduler
-from bigsimclr.launch.local import meeting_point, open_store
 from bigsimclr.launch.profile import Profile
 from bigsimclr.launch.restarts import RestartLog, progress_of
 from bigsimclr.launch.scheduler import JobFacts
 from bigsimclr.report.attempts import FILE_NAME as ATTEMPTS, read_attempts
-from bigsimclr.world import own_job
 
 T = TypeVar("T")
 
@@ -64,6 +62,8 @@ def own_allocation() -> Allocation:
     Raises:
         RecipeError: this is no batch script of Slurm.
     """
+    from bigsimclr.world import own_job  # loads torch; dry runs do not
+
     job, number = own_job(), scheduler.inherited("SLURM_JOB_ID")
     listed = scheduler.inherited("SLURM_JOB_NODELIST")
     if job is None or not listed or scheduler.inherited("SLURM_PROCID", "0") != "0":
@@ -126,7 +126,7 @@ def run_allocated(words: Sequence[str], *, profile: Profile, folder: Path, watch
 
 def is_loss(code: int) -> bool:
     """Say whether an exit code means that a rank or its node was lost, not that it refused."""
-    return code == DistributedError.exit_code or code > KILLED
+    return code == DistributedError.exit_code or (code > KILLED and code != INTERRUPTED)
 
 
 def decide(
@@ -195,9 +195,11 @@ def _code(code: int, notes: Path) -> int:
     refusals = codes - {0, Stopped.exit_code, DistributedError.exit_code}
     if refusals:
         return min(refusals)
-    if code and codes and codes <= {0, Stopped.exit_code}:  # torchrun ends with 1 whatever it was
-        return max(codes)
-    return DistributedError.exit_code if code and DistributedError.exit_code in codes else code
+    if not code or not codes or (codes == {0} and code != 1):
+        return code
+    if DistributedError.exit_code not in codes and Stopped.exit_code in codes:
+        return Stopped.exit_code  # torchrun ends with 1 whatever it was
+    return DistributedError.exit_code  # of a rank that tells it, or that was killed beside others
 
 
 def _note(path: Path) -> Mapping[str, object]:
@@ -238,6 +240,8 @@ def _run_tasks(
     words: Sequence[str], job: Allocation, profile: Profile, notes: Path, requests: _Requests
 ) -> int:
     """Run the ranks to their end, and return srun's exit code."""
+    from bigsimclr.launch.local import meeting_point, open_store  # loads torch; dry runs do not
+
     address = scheduler.node_address(job.nodes[0])
     try:
         store = open_store(address)

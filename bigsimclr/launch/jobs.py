@@ -71,6 +71,15 @@ def jobs_of(run: Path) -> list[SubmittedJob]:
     return found
 
 
+def parts_of(run: Path) -> list[Path]:
+    """Return the runs that a run consists of: itself, or those of a pipeline."""
+    try:
+        steps = json.loads((run / "pipeline.json").read_text(encoding="utf-8"))["steps"]
+        return [run / str(planned["path"]) for step in steps for planned in step["runs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [run]
+
+
 def note_jobs(run: Path, jobs: Sequence[SubmittedJob]) -> None:
     """Add jobs to a run's list.
 

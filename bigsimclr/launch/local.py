@@ -18,7 +18,7 @@ from typing import Self, TypeAlias
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # re-exported by torch
 
-from bigsimclr.errors import DistributedError, Stopped
+from bigsimclr.errors import INTERRUPTED, DistributedError, Stopped
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 2.0
@@ -29,7 +29,6 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 """The signals that ask a run to stop, and the terminal's end, which no rank would see."""
 HOST = "127.0.0.1"
 ENDED_WELL = (0, Stopped.exit_code)
-INTERRUPTED = 130
 
 _Handler: TypeAlias = signal.Handlers | int | None
 

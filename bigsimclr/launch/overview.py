@@ -5,6 +5,7 @@ import math
 import re
 import statistics
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,7 @@ from typing import Final
 
 from bigsimclr.errors import DistributedError, RecipeError
 from bigsimclr.launch import scheduler
-from bigsimclr.launch.jobs import FOLDER, SubmittedJob, job_folder, jobs_of
+from bigsimclr.launch.jobs import FOLDER, SubmittedJob, job_folder, jobs_of, parts_of
 from bigsimclr.launch.restarts import RestartLog, last_end
 from bigsimclr.launch.scheduler import QueuedJob
 from bigsimclr.recipe.yaml_tree import show
@@ -93,7 +94,7 @@ def _runs(folder: Path, depth: int) -> Iterator[Path]:
 def _line(run: Path, folder: Path, active: Mapping[str, QueuedJob]) -> RunLine:
     jobs = jobs_of(run)
     working = [job.number for job in jobs if job.number in active]
-    parts = _parts(run)
+    parts = parts_of(run)
     newest = max(parts, key=lambda part: _modified(part / "metrics.jsonl"), default=run)
     records = [record for record in read_records(newest) if "train/loss" in record.values]
     done: int | None
@@ -117,15 +118,6 @@ def _line(run: Path, folder: Path, active: Mapping[str, QueuedJob]) -> RunLine:
         seconds_left=left,
         restarts=sum(RestartLog(job_folder(run), job.number).restarts() for job in jobs),
     )
-
-
-def _parts(run: Path) -> list[Path]:
-    """Return the runs that a run consists of: itself, or those of a pipeline."""
-    try:
-        steps = json.loads((run / "pipeline.json").read_text(encoding="utf-8"))["steps"]
-        return [run / str(planned["path"]) for step in steps for planned in step["runs"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return [run]
 
 
 def _state(
@@ -225,24 +217,26 @@ def read_log(run: Path, *, follow: bool) -> Iterator[str]:
         raise RecipeError(f"{run} has no jobs; its progress is in {run / 'metrics.jsonl'}")
     begun = [job for job in jobs if Path(job.log).exists()] or jobs
     job, position, looked = begun[-1], 0, 0.0
-    is_active = True
+    is_active, decoder = True, getincrementaldecoder("utf-8")("replace")
     while True:
         if follow and time.monotonic() - looked > _QUEUE_SECONDS:
             is_active, looked = job.number in scheduler.queue(), time.monotonic()
-        text, position = _read_on(Path(job.log), position)
+        content = _read_on(Path(job.log), position)
+        position += len(content)
+        is_over = not content and (not follow or not is_active)
+        text = decoder.decode(content, final=is_over)
         if text:
             yield text
-        elif not follow or not is_active:
+        if is_over:
             return
-        else:
+        if not content:
             time.sleep(_LOG_SECONDS)
 
 
-def _read_on(path: Path, position: int) -> tuple[str, int]:
+def _read_on(path: Path, position: int) -> bytes:
     try:
         with path.open("rb") as file:
             file.seek(position)
-            content = file.read(_LOG_BYTES)
+            return file.read(_LOG_BYTES)
     except FileNotFoundError:  # the job has not begun
-        return "", position
-    return content.decode(errors="replace"), position + len(content)
+        return b""

@@ -13,11 +13,13 @@ from pydantic import AfterValidator, NonNegativeInt, PositiveInt, model_validato
 from bigsimclr.errors import RecipeError
 from bigsimclr.recipe.keys import nearest
 from bigsimclr.recipe.loader import Overrides, load_section
+from bigsimclr.recipe.names import is_file
 from bigsimclr.recipe.sections import Section, UserPath
 from bigsimclr.recipe.yaml_tree import show
 
-_WORD: Final = re.compile(r"[A-Za-z0-9._+=:@,/-]{1,128}")
-_NODES: Final = re.compile(r"[A-Za-z0-9._+=:@,/&|*()\[\]-]{1,256}")
+# None begins with a dash: a program would take it for an option.
+_WORD: Final = re.compile(r"(?!-)[A-Za-z0-9._+=:@,/-]{1,128}")
+_NODES: Final = re.compile(r"(?!-)[A-Za-z0-9._+=:@,/&|*()\[\]-]{1,256}")
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _TIME: Final = re.compile(r"(?:(\d{1,3})-)?(\d{1,3}):([0-5]\d):([0-5]\d)")
 _LEAST_WARNING: Final = 10  # seconds
@@ -27,14 +29,18 @@ GpuName = Literal["a100", "h100", "h200"]
 
 def _word(text: str) -> str:
     if not _WORD.fullmatch(text):
-        raise ValueError(f"'{show(text)}' is refused; use letters, digits and . _ + = : @ , / -")
+        raise ValueError(
+            f"'{show(text)}' is refused; use letters, digits and . _ + = : @ , / - (not in front), "
+            "128 at most"
+        )
     return text
 
 
 def _nodes(text: str) -> str:
     if not _NODES.fullmatch(text):
         raise ValueError(
-            f"'{show(text)}' is refused; use letters, digits and . _ + = : @ , / & | * ( ) [ ] -"
+            f"'{show(text)}' is refused; use letters, digits and . _ + = : @ , / & | * ( ) [ ] - "
+            "(not in front), 256 at most"
         )
     return text
 
@@ -42,6 +48,12 @@ def _nodes(text: str) -> str:
 def _printable(text: str) -> str:
     if not text or not text.isprintable():
         raise ValueError(f"'{show(text)}' is empty, or holds control characters")
+    return text
+
+
+def _program(text: str) -> str:
+    if text.startswith("-") or Path(text).name in ("", ".."):
+        raise ValueError(f"'{show(text)}' is no program; give its name or path")
     return text
 
 
@@ -57,8 +69,9 @@ def _environment(variables: dict[str, str]) -> dict[str, str]:
     for name, value in variables.items():
         if not _VARIABLE.fullmatch(name):
             raise ValueError(f"'{show(name)}' is no name of an environment variable")
-        if "\0" in value:
-            raise ValueError(f"{name}: holds a null character")
+        strange = next((sign for sign in value if not sign.isprintable() and sign != "\n"), None)
+        if strange is not None:  # the copy that the job reads could not hold it
+            raise ValueError(f"{name}: holds the control character U+{ord(strange):04X}")
     return variables
 
 
@@ -73,7 +86,8 @@ NodeList = Annotated[str, AfterValidator(_nodes)]
 Printable = Annotated[str, AfterValidator(_printable)]
 Time = Annotated[str, AfterValidator(_time)]
 Lead = Annotated[int, AfterValidator(_lead)]
-Interpreter = Annotated[UserPath, AfterValidator(lambda path: Path(_word(str(path))))]
+Program = Annotated[Printable, AfterValidator(_program)]
+Interpreter = Annotated[UserPath, AfterValidator(lambda path: Path(_program(_word(str(path)))))]
 Variables = Annotated[dict[str, str], AfterValidator(_environment)]
 
 
@@ -93,7 +107,7 @@ class ContainerSection(Section):
     """Image, as `srun --container-image` takes it."""
     mounts: tuple[Printable, ...] = ()
     """Folders of the node inside the container, as `OUTSIDE:INSIDE`."""
-    python: Printable = "python3"
+    python: Program = "python3"
     """Python with this package inside the container."""
 
 
@@ -196,7 +210,7 @@ def find_profile(name: str | Path) -> Path:
     Raises:
         RecipeError: there is no such file and no such name.
     """
-    if Path(name).is_file():
+    if is_file(Path(name)):
         return Path(name)
     shipped = {file.stem: file for file in sorted(profiles_folder().glob("*.yaml"))}
     plain = str(name).removesuffix(".yaml").removeprefix("slurm/")

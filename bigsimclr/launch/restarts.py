@@ -92,9 +92,12 @@ class RestartLog:
     def _write(self, event: dict[str, object]) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         line = json.dumps({**event, "time": time.time()}).encode() + b"\n"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         descriptor = os.open(self._path, flags, 0o600)
         try:
+            end = os.fstat(descriptor).st_size
+            if end and os.pread(descriptor, 1, end - 1) != b"\n":
+                line = b"\n" + line  # what a lost node left torn stays a line of its own
             os.write(descriptor, line)
             os.fsync(descriptor)
         finally:

@@ -67,6 +67,8 @@ def ask(words: Sequence[str]) -> str:
         raise DistributedError(
             f"Slurm does not answer within {ANSWER_SECONDS:g} s ({words[0]}); try again later"
         ) from None
+    except OSError as error:
+        raise DistributedError(f"{program} cannot be run: {error.strerror}") from error
     if answer.returncode:
         raise DistributedError(f"Slurm refuses: {complaint(answer.stderr, words[0])}")
     return answer.stdout
@@ -91,7 +93,9 @@ def job_facts(job: str) -> JobFacts | None:
         if "Invalid job id" in str(error):
             return None
         raise
-    fields = _fields(text.splitlines()[0])
+    fields = _fields(text.partition("\n")[0])
+    if not fields:
+        return None
     return JobFacts(
         state=fields.get("JobState", ""),
         reason=fields.get("Reason", ""),
@@ -166,7 +170,7 @@ def node_address(node: str) -> str:
         DistributedError: Slurm does not answer, or does not know the node.
     """
     text = ask(["scontrol", "--oneliner", "show", "node", node])
-    return _fields(text.splitlines()[0]).get("NodeAddr", node)
+    return _fields(text.partition("\n")[0]).get("NodeAddr", node)
 
 
 def node_names(listed: str) -> list[str]:
@@ -185,7 +189,10 @@ def minutes(limit: str) -> int | None:
 
 
 def _fields(line: str) -> dict[str, str]:
-    return {match[1]: match[2] for match in _FIELD.finditer(line)}
+    found: dict[str, str] = {}
+    for match in _FIELD.finditer(line):
+        found.setdefault(match[1], match[2])  # a path that comes later may hold anything
+    return found
 
 
 def _span(text: str) -> float | None:

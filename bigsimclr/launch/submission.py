@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,14 @@ from typing import Final
 
 from bigsimclr.errors import DataError, RecipeError
 from bigsimclr.launch import scheduler
-from bigsimclr.launch.jobs import SubmittedJob, job_folder, jobs_of, make_job_folder, note_jobs
+from bigsimclr.launch.jobs import (
+    SubmittedJob,
+    job_folder,
+    jobs_of,
+    make_job_folder,
+    note_jobs,
+    parts_of,
+)
 from bigsimclr.launch.profile import Profile, find_profile, time_seconds
 from bigsimclr.recipe.keys import nearest
 from bigsimclr.recipe.loader import (
@@ -19,18 +27,21 @@ from bigsimclr.recipe.loader import (
     is_pipeline,
     load_recipe,
     parse_overrides,
+    plain_value,
     recipe_text,
     save_recipe,
     tree_of,
 )
 from bigsimclr.recipe.names import find_recipe
 from bigsimclr.recipe.pipeline import PlannedRun, missing_inputs, plan_pipeline
-from bigsimclr.recipe.schema import AnyStage, PipelineRecipe
+from bigsimclr.recipe.plan import share_batch
+from bigsimclr.recipe.schema import AnyStage, KnnRecipe, PipelineRecipe
 from bigsimclr.recipe.yaml_tree import read_value, show
 from bigsimclr.storage import publish
 
 _PATH: Final = re.compile(r"[\w._+=:@,/ -]+")  # no quotes, no % that sbatch would replace
 _LONGEST_PATH: Final = 400  # characters; names of job files come on top
+_LONGEST_PART: Final = 200  # bytes of a file's or folder's name; file systems take 255
 _LABEL: Final = re.compile(r"[^A-Za-z0-9._+=,-]")
 _LONGEST_NAME: Final = 60
 
@@ -42,6 +53,7 @@ class Element:
     run: Path  # its run directory
     words: tuple[str, ...]  # of `bigsimclr`, in the batch script
     recipe: AnyStage | None  # what it runs; None for a step of a pipeline
+    changes: tuple[str, ...] = ()  # `key=value` texts of its own, in a sweep
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ class Submission:
     out: Path
     jobs: tuple[Job, ...]
     finished: tuple[str, ...]  # steps that need no job any more
+    recipes: tuple[AnyStage, ...]  # of all runs that are not finished
     pipeline: PipelineRecipe | None
     source: Path
 
@@ -90,25 +103,38 @@ def plan_submission(
     out = out.absolute()
     check_path(out, "--out")
     file = find_recipe(source)
-    recipe = load_recipe(file, () if is_pipeline(file) else changes)
+    recipe = load_recipe(file) if is_pipeline(file) else None
     if isinstance(recipe, PipelineRecipe):
         if sweep:
             raise RecipeError("--array: a pipeline has grids of its own; use those of its steps")
         runs = plan_pipeline(recipe, source=file, overrides=parse_overrides(changes), directory=out)
         jobs, finished = _steps(recipe, runs, changes, out)
-        return Submission(out, jobs, finished, recipe, file)
+        recipes = tuple(run.recipe for run in runs if run.step not in finished)
+        return Submission(out, jobs, finished, recipes, recipe, file)
     points = _points(sweep)
-    loaded = [(label, load_recipe(file, [*changes, *texts])) for label, texts in points]
+    loaded = [(label, texts, load_recipe(file, [*changes, *texts])) for label, texts in points]
     elements = [
-        _stage(stage, out / label if label else out)
-        for label, stage in loaded
+        _stage(stage, out / label if label else out, texts)
+        for label, texts, stage in loaded
         if not isinstance(stage, PipelineRecipe)
     ]
     missing = [] if waits else [line for element in elements for line in _missing(element)]
     if missing:
         raise DataError("\n".join(dict.fromkeys(missing)))
     job = Job("", _name(out), job_folder(out), tuple(elements), ())
-    return Submission(out, (job,), (), None, file)
+    recipes = tuple(stage for *_, stage in loaded if not isinstance(stage, PipelineRecipe))
+    return Submission(out, (job,), (), recipes, None, file)
+
+
+def check_shares(submission: Submission, profile: Profile) -> None:
+    """Refuse recipes that the profile's ranks could not share, before they wait in a queue.
+
+    Raises:
+        RecipeError: a global batch does not divide.
+    """
+    for recipe in submission.recipes:
+        if not isinstance(recipe, KnnRecipe):
+            share_batch(recipe, world_size=profile.world_size)
 
 
 def check_path(path: Path, key: str) -> None:
@@ -120,6 +146,11 @@ def check_path(path: Path, key: str) -> None:
     text = str(path)
     if len(text) > _LONGEST_PATH:
         raise RecipeError(f"{key}: {show(text)} has {len(text)} characters; {_LONGEST_PATH} fit")
+    for part in path.parts:
+        if len(os.fsencode(part)) > _LONGEST_PART:
+            raise RecipeError(
+                f"{key}: '{show(part)}' is too long a name; {_LONGEST_PART} bytes fit"
+            )
     if not _PATH.fullmatch(text):
         strange = next(sign for sign in text if not _PATH.fullmatch(sign))
         raise RecipeError(
@@ -134,24 +165,30 @@ def _points(sweep: Sequence[str]) -> list[tuple[str, list[str]]]:
     for text in sweep:
         key, equals, written = text.partition("=")
         origin = f"--array {show(key)}"
-        values = read_value(f"[{written.strip().removeprefix('[').removesuffix(']')}]", origin)
-        if not equals or values.problems or not isinstance(values.root.value, list):
+        read = read_value(f"[{written}]", origin)
+        values = plain_value(read.root)
+        if isinstance(values, list) and len(values) == 1 and isinstance(values[0], list):
+            values = values[0]  # it was written with its brackets
+        if not equals or read.problems or not isinstance(values, list) or not values:
             raise RecipeError(f"{origin}: write it as KEY=VALUE,VALUE,...")
-        axes.append([(key, node.value) for node in values.root.value])
+        axes.append([(key, value) for value in values])
     points = []
     for point in itertools.product(*axes):
         label = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in point)
-        texts = [f"{key}={json.dumps(value)}" for key, value in point]
+        texts = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in point]
+        if len(label) > _LONGEST_PART:
+            raise RecipeError(f"--array: '{show(label)}' is too long a name for a run directory")
         points.append((_LABEL.sub("-", label), texts))
     if len({label for label, _ in points}) < len(points):
         raise RecipeError("--array: two combinations are the same; name each value once")
     return points
 
 
-def _stage(recipe: AnyStage, run: Path) -> Element:
+def _stage(recipe: AnyStage, run: Path, changes: Sequence[str]) -> Element:
     folder = job_folder(run)
     words = ("srun", str(folder / "recipe.yaml"), "--out", str(run))
-    return Element(run, (*words, "--on", str(folder / "profile.json")), recipe)
+    how = ("--on", str(folder / "profile.json"))
+    return Element(run, (*words, *how), recipe, tuple(changes))
 
 
 def _missing(element: Element) -> list[str]:
@@ -259,6 +296,8 @@ def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
     """
     if not runs:
         return []
+    for run in runs:
+        check_path(run.absolute(), "--after")
     active = scheduler.queue()
     found = []
     for run in runs:
@@ -273,16 +312,9 @@ def jobs_to_wait_for(runs: Sequence[Path]) -> list[str]:
 
 def _is_done(run: Path) -> bool:
     """Say whether a pipeline or a sweep has finished."""
-    path = run / "pipeline.json"
-    if not path.is_file():
-        swept = list(run.glob(f"*/{job_folder(Path())}/jobs.jsonl"))
-        return bool(swept) and all((p.parents[1] / "result.json").exists() for p in swept)
-    steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
-    return all(
-        (run / planned["path"] / "result.json").exists()
-        for step in steps
-        for planned in step["runs"]
-    )
+    swept = [path.parents[1] for path in run.glob(f"*/{job_folder(Path())}/jobs.jsonl")]
+    parts = [part for part in parts_of(run) if part != run] or swept
+    return bool(parts) and all((part / "result.json").exists() for part in parts)
 
 
 def write_files(submission: Submission, profile: Profile) -> None:

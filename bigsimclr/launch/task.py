@@ -33,6 +33,7 @@ def main() -> None:
     try:
         sys.argv = ["bigsimclr", *words]
         runpy.run_module("bigsimclr", run_name="__main__", alter_sys=True)
+        code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
         raise

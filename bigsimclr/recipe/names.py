@@ -34,22 +34,37 @@ def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
     """
     files = [Path(name)] if beside is None else [beside / name, beside / f"{name}.yaml"]
     for file in files:
-        if file.is_file():
+        if is_file(file):
             return file
     shipped = _shipped()
     plain = str(name).removesuffix(".yaml").removesuffix(f"/{_PIPELINE}")
     if plain in shipped:
         return shipped[plain]
-    if files[0].is_dir():
+    if _is_folder(files[0]):
         raise RecipeError(f"{show(str(name), 200)}: a folder; name a recipe file in it")
     near = nearest(plain, shipped)
     hint = f"did you mean '{near}'?" if near else "list them with: bigsimclr recipes ls"
     raise RecipeError(f"{show(str(name), 200)}: no such file and no recipe of that name; {hint}")
 
 
+def is_file(path: Path) -> bool:
+    """Say whether there is such a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def run_name(name: str | Path) -> str:
     """Return what runs of a recipe are called: its name, or its file's."""
-    if not Path(name).is_file():
+    if not is_file(Path(name)):
         return str(name).removesuffix(".yaml").removesuffix(f"/{_PIPELINE}")
     file = Path(name).resolve()
     return file.parent.name if file.stem == _PIPELINE else file.stem

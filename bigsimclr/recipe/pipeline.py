@@ -104,6 +104,13 @@ def plan_pipeline(
     return runs
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for a file
+        return False
+
+
 def missing_inputs(run: PlannedRun) -> list[str]:
     """Name the files that a run reads, that no earlier run makes, and that are not there.
 
@@ -116,7 +123,11 @@ def missing_inputs(run: PlannedRun) -> list[str]:
     recipe, prefix = run.recipe, f"{run.step}." if run.step else ""
     lines = []
     labels = None if isinstance(recipe, PretrainRecipe) else recipe.labels
-    if labels is not None and labels.list is not None and not labels.list.is_file():
+    if (
+        labels is not None
+        and labels.list is not None
+        and not (_is_there(labels.list) and labels.list.is_file())
+    ):
         key = f"{prefix}labels"
         hint = (
             f"give {key}.list=FILE (ImageNet's official lists are imagenet_subsets/*.txt of "
@@ -125,7 +136,7 @@ def missing_inputs(run: PlannedRun) -> list[str]:
         lines.append(f"{key}.list: {_absent(labels.list)}; {hint}")
     if run.parent is None and not isinstance(recipe, PretrainRecipe | SupervisedRecipe):
         parent = recipe.parent
-        if parent is not None and not parent.exists():
+        if parent is not None and not _is_there(parent):
             hint = f"give {prefix}parent=DIR of a run, or a model file"
             lines.append(f"{prefix}parent: {_absent(parent)}; {hint}")
     return [show(line, 1000) for line in lines]

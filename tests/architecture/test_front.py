@@ -38,6 +38,15 @@ COMMANDS = {
     "explain loss.temperature": "",
     "recipes ls": "",
     "schema": "",
+    "submit --help": "",
+    "srun --help": "",
+    "runs --help": "",
+    "cancel --help": "",
+    "logs --help": "",
+    "doctor --help": "",
+    "submit digits/1_pretrain --on slurm/cpu.yaml --dry-run": "",
+    "submit digits --on h100_x8 --dry-run": "",
+    "runs tests": "",
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -134,12 +135,10 @@ def test_the_digits_pipeline_equals_the_local_one(user: User) -> None:
 
 
 def test_events(cluster: Lab, tmp_path: Path) -> None:
-    import random
-
-    storm = Storm(cluster, tmp_path, 150, random.Random(0))
-    found = storm.strike(["scancel", "node lost", "warning", "requeue", "preemption"])
+    storm = Storm(cluster, tmp_path, 200, random.Random(0))
+    found = storm.strike(["scancel", "node lost", "warning", "preemption"])
     assert found.good, found
-    assert sum(found.events.values()) == 5
+    assert sum(found.events.values()) == 4
 
 
 def test_a_signal_to_one_rank_stops_all(user: User) -> None:
@@ -198,7 +197,7 @@ def test_a_job_that_makes_no_progress_is_given_up(user: User) -> None:
     assert "failed (exit " in user.says("runs", ".").stdout
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("srun", marks=pytest.mark.long), "torchrun"])
 def test_several_ranks_of_a_node(user: User, launcher: str) -> None:
     four = (
         "--set",
@@ -220,8 +219,8 @@ def test_several_ranks_of_a_node(user: User, launcher: str) -> None:
 
 
 def test_a_sweep_and_what_comes_after_it(user: User) -> None:
-    user.submits(user.recipe(6), "--out", "sweep", "--array", "optimizer.learning_rate=0.1,0.2")
-    user.submits(user.recipe(4), "--out", "last", "--after", "sweep/learning_rate=0.1")
+    user.submits(user.recipe(9), "--out", "sweep", "--array", "optimizer.learning_rate=0.1,0.2")
+    user.submits(user.recipe(8), "--out", "last", "--after", "sweep/learning_rate=0.1")
     user.waits_for("last")
     for rate in ("0.1", "0.2"):
         run = f"sweep/learning_rate={rate}"
@@ -232,9 +231,9 @@ def test_a_sweep_and_what_comes_after_it(user: User) -> None:
     lines = json.loads(user.says("runs", ".", "--json").stdout)["runs"]
     found = {line["run"]: (line["state"], line["done"], line["total"]) for line in lines}
     assert found == {
-        "last": ("finished", 4, 4),
-        "sweep/learning_rate=0.1": ("finished", 6, 6),
-        "sweep/learning_rate=0.2": ("finished", 6, 6),
+        "last": ("finished", 8, 8),
+        "sweep/learning_rate=0.1": ("finished", 9, 9),
+        "sweep/learning_rate=0.2": ("finished", 9, 9),
     }
     log = user.says("logs", "-f", "last")
     assert log.returncode == 0
@@ -292,6 +291,7 @@ def test_a_batch_script_of_ones_own(user: User) -> None:
             2,
             "time: 2-00:00:00 is more than partition 'main' gives (1-00:00:00)",
         ),
+        (["--set", "ranks_per_node=5"], 2, "multiple of 10 ranks"),
         (["--set", "nodes=4"], 2, "nodes: 4 are more than partition 'main' gives (3)"),
         (
             ["--set", "constraint=fast"],
@@ -304,9 +304,9 @@ def test_a_batch_script_of_ones_own(user: User) -> None:
 def test_what_the_cluster_cannot_do_is_one_line(
     user: User, words: list[str], code: int, said: str
 ) -> None:
-    done = user.says("submit", user.recipe(4), "--out", "run", "--on", "two.yaml", *words)
+    done = user.says("submit", user.recipe(8), "--out", "run", "--on", "two.yaml", *words)
     assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr.endswith(f"{said}\n")
+    assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     left = [path.name for path in (user.folder / "run").rglob("*") if path.is_file()]
     assert set(left) <= {"profile.json", "recipe.yaml"}
@@ -320,7 +320,7 @@ def test_what_the_cluster_cannot_do_is_one_line(
     ],
 )
 def test_without_slurm_it_is_one_line(user: User, variables: dict[str, str], said: str) -> None:
-    words = ["submit", user.recipe(4), "--out", "run", "--on", "two.yaml"]
+    words = ["submit", user.recipe(8), "--out", "run", "--on", "two.yaml"]
     done = user.says(*words, **variables)
     assert (done.returncode, done.stdout) == (6, "")
     assert said in done.stderr
@@ -331,7 +331,7 @@ def test_without_munge_it_is_one_line(tmp_path: Path) -> None:
     with lab(tmp_path / "slurm", nodes=1) as own:
         user = User(own, tmp_path)
         own.stop_munge()
-        done = user.says("submit", user.recipe(4), "--out", "run", "--on", "two.yaml")
+        done = user.says("submit", user.recipe(8), "--out", "run", "--on", "two.yaml")
         assert (done.returncode, done.stdout) == (6, "")
         assert len(done.stderr.splitlines()) == 1
         assert "munge" in done.stderr.lower()

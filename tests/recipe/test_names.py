@@ -63,3 +63,10 @@ def test_run_name(tmp_path: Path) -> None:
     assert run_name("digits/1_pretrain.yaml") == "digits/1_pretrain"
     assert run_name(tmp_path / "mine" / "pipeline.yaml") == "mine"
     assert run_name(tmp_path / "mine" / "one.yaml") == "one"
+
+
+def test_a_name_too_long_for_a_file_is_no_recipe() -> None:
+    for name in ("x" * 300, "\u540d" * 150, f"{'x' * 300}/y.yaml"):
+        with pytest.raises(RecipeError, match="no such file and no recipe of that name"):
+            find_recipe(name)
+        assert run_name(name) == name.removesuffix(".yaml")
