@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.draws import Draws, centre_draws, draw_views
-from bigsimclr.augment.resize import crop_resize_one
+from bigsimclr.augment.host import crop_resize_one
 from bigsimclr.data import Source
 from bigsimclr.data.decode import UnreadableImageError, decode
 from bigsimclr.data.names import printable
@@ -147,7 +147,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Crops:
-    pixels: NDArray[np.float32]  # [V, b, 3, H, W]
+    pixels: Tensor  # float32 [V, b, 3, H, W]
     draws: Draws
 
 
@@ -167,11 +167,11 @@ def _cropped(reading: Reading, group: _Group) -> _Crops:
             views=reading.views,
         )
     side, count = reading.settings.image_size, len(group.images)
-    pixels = np.empty((draws.views, count, 3, side, side), np.float32)
+    pixels = torch.empty(draws.views, count, 3, side, side)
     for row, image in enumerate(group.images):
         for view in range(draws.views):
-            pixels[view, row] = crop_resize_one(
-                image, draws.boxes[view, row], (side, side), reading.settings.resize
+            crop_resize_one(
+                image, draws.boxes[view, row], reading.settings.resize, out=pixels[view, row]
             )
     return _Crops(pixels=pixels, draws=draws)
 
@@ -185,10 +185,10 @@ def _assembled(
     failure: str = "",
 ) -> Chunk:
     side, indices = reading.settings.image_size, np.array(shown, np.int64)
-    none = np.empty((reading.views, 0, 3, side, side), np.float32)
+    none = torch.empty(reading.views, 0, 3, side, side)
     draws = [crop.draws for crop in crops]
     return Chunk(
-        pixels=torch.from_numpy(np.concatenate([none, *(crop.pixels for crop in crops)], axis=1)),
+        pixels=torch.cat([none, *(crop.pixels for crop in crops)], dim=1),
         draws=Draws.stack(draws) if draws else centre_draws(reading.settings, _NO_SIZES),
         labels=reading.labels[indices],
         indices=indices,
