@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,6 +15,7 @@ from bigsimclr.data import Source
 from bigsimclr.data.decode import UnreadableImageError, decode
 from bigsimclr.data.names import printable
 from bigsimclr.data.order import Cut, Order
+from bigsimclr.data.slots import Slots
 from bigsimclr.errors import BigSimCLRError
 
 Integers = NDArray[np.int64]
@@ -27,14 +27,16 @@ _NO_SIZES = np.empty((0, 2), np.int32)
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some images of a batch, on their way from a worker to the training process."""
+    """What is known of some images of a batch whose crops were written where they were wanted."""
 
-    pixels: Tensor  # float32 [V, b, 3, H, W], cropped
     draws: Draws
     labels: Integers  # [b]
     indices: Integers  # [b] images shown, by their index in the source
     unreadable: dict[str, str] = field(default_factory=dict)  # name -> reason
     failure: str = ""  # why nothing could be read; then the chunk is empty
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 @dataclass(frozen=True)
@@ -51,26 +53,45 @@ class Reading:
 
 
 class ChunkReader(Dataset[Chunk]):
-    """Chunks by number; holds nothing that a worker process changes."""
+    """Chunks by number; holds nothing that a worker process changes but its slots.
 
-    def __init__(self, reading: Reading, cut: Cut, count: int) -> None:
+    Args:
+        reading: how images are read.
+        cut: which images a chunk shows.
+        count: chunks there are.
+        slots: where worker processes write crops.
+    """
+
+    def __init__(self, reading: Reading, cut: Cut, count: int, slots: Slots | None) -> None:
         self.reading = reading
         self.cut = cut
         self.count = count
+        self.slots = slots
 
     def __len__(self) -> int:
         return self.count
 
     @override
     def __getitem__(self, number: int) -> Chunk:
+        """Read chunk `number` into its slot."""
+        if self.slots is None:
+            raise AssertionError("only worker processes ask for items, and they have slots")
+        return self.read(number, self.slots.of(number))
+
+    def read(self, number: int, out: Tensor) -> Chunk:
         """Read chunk `number`; errors meant for the user come back as text, not as exceptions.
 
         An exception that crosses a process border arrives with the worker's traceback in front.
+
+        Args:
+            number: counted from the first step's first chunk.
+            out: float32 [V, n, 3, H, W] with n at least the chunk's images; the first of them are
+                filled.
         """
         try:
-            return _read_chunk(self.reading, self.cut.piece(number))
+            return _read_chunk(self.reading, self.cut.piece(number), out)
         except BigSimCLRError as error:
-            return _assembled(self.reading, [], [], {}, failure=str(error))
+            return _described(self.reading, [], [], {}, failure=str(error))
 
 
 def image_at(source: Source, index: int, *, max_pixels: int) -> NDArray[np.uint8]:
@@ -89,13 +110,13 @@ def image_at(source: Source, index: int, *, max_pixels: int) -> NDArray[np.uint8
     return decode(sample.image, max_pixels=max_pixels)
 
 
-def _read_chunk(reading: Reading, positions: Integers) -> Chunk:
+def _read_chunk(reading: Reading, positions: Integers, out: Tensor) -> Chunk:
     if reading.order is None:
         epochs, wanted = np.zeros_like(positions), reading.indices[positions]
     else:
         epochs, wanted = reading.order.at(positions)
     shown: list[int] = []
-    crops: list[_Crops] = []
+    draws: list[Draws] = []
     unreadable: dict[str, str] = {}
     group = _Group()
     for epoch, index in zip(epochs.tolist(), wanted.tolist(), strict=True):
@@ -105,11 +126,11 @@ def _read_chunk(reading: Reading, positions: Integers) -> Chunk:
         shown.append(found[0])
         group.add(epoch, index, found[1])
         if group.pixels > _DECODED_PIXELS:
-            crops.append(_cropped(reading, group))
+            draws.append(_crop(reading, group, out[:, len(shown) - len(group.images) :]))
             group = _Group()
     if group.images:
-        crops.append(_cropped(reading, group))
-    return _assembled(reading, shown, crops, unreadable)
+        draws.append(_crop(reading, group, out[:, len(shown) - len(group.images) :]))
+    return _described(reading, shown, draws, unreadable)
 
 
 def _readable(
@@ -145,13 +166,8 @@ class _Group:
         self.pixels += image.shape[0] * image.shape[1]
 
 
-@dataclass(frozen=True)
-class _Crops:
-    pixels: Tensor  # float32 [V, b, 3, H, W]
-    draws: Draws
-
-
-def _cropped(reading: Reading, group: _Group) -> _Crops:
+def _crop(reading: Reading, group: _Group, out: Tensor) -> Draws:
+    """Draw views for a group of images, and write their crops to the first images of `out`."""
     sizes = np.array([image.shape[:2] for image in group.images], np.int32)
     if reading.order is None:
         draws = centre_draws(reading.settings, sizes)
@@ -166,29 +182,24 @@ def _cropped(reading: Reading, group: _Group) -> _Crops:
             sizes=sizes,
             views=reading.views,
         )
-    side, count = reading.settings.image_size, len(group.images)
-    pixels = torch.empty(draws.views, count, 3, side, side)
     for row, image in enumerate(group.images):
         for view in range(draws.views):
             crop_resize_one(
-                image, draws.boxes[view, row], reading.settings.resize, out=pixels[view, row]
+                image, draws.boxes[view, row], reading.settings.resize, out=out[view, row]
             )
-    return _Crops(pixels=pixels, draws=draws)
+    return draws
 
 
-def _assembled(
+def _described(
     reading: Reading,
     shown: list[int],
-    crops: list[_Crops],
+    draws: list[Draws],
     unreadable: dict[str, str],
     *,
     failure: str = "",
 ) -> Chunk:
-    side, indices = reading.settings.image_size, np.array(shown, np.int64)
-    none = torch.empty(reading.views, 0, 3, side, side)
-    draws = [crop.draws for crop in crops]
+    indices = np.array(shown, np.int64)
     return Chunk(
-        pixels=torch.cat([none, *(crop.pixels for crop in crops)], dim=1),
         draws=Draws.stack(draws) if draws else centre_draws(reading.settings, _NO_SIZES),
         labels=reading.labels[indices],
         indices=indices,

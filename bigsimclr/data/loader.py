@@ -25,15 +25,15 @@ from bigsimclr.data.chunks import Chunk, ChunkReader, Reading
 from bigsimclr.data.names import counted
 from bigsimclr.data.order import Cut, Order
 from bigsimclr.data.resident import Resident
-from bigsimclr.data.workers import from_workers
+from bigsimclr.data.slots import Slots
+from bigsimclr.data.workers import from_workers, under_way
 from bigsimclr.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 Integers = NDArray[np.int64]
 
-# A chunk crosses from a worker to the training process through shared memory, which containers
-# often limit to 64 MiB, and several are on their way at a time.
+# Small enough to keep all workers busy to the end of a step, large enough for few messages.
 _CHUNK_IMAGES = 64
 _CHUNK_BYTES = 8 << 20
 
@@ -151,10 +151,9 @@ class Loader:
         with closing(
             _steps(self._reading, cut, steps=steps, workers=self._workers, ahead=ahead)
         ) as read:
-            for chunks in read:
+            for chunks, batch in read:
                 for chunk in chunks:
                     self._limit.count(chunk, self.unreadable, self.unreadable, "replaced")
-                batch = _joined(chunks)
                 if batch is None or len(batch) < self._high - self._low:
                     raise DataError(
                         f"no readable image was found: {self._limit.summary(self.unreadable)}"
@@ -210,10 +209,9 @@ def evaluation_batches(
     with closing(
         _steps(reading, cut, steps=steps, workers=workers, ahead=prefetch_batches)
     ) as read:
-        for chunks in read:
+        for chunks, batch in read:
             for chunk in chunks:
                 limit.count(chunk, found, told, "left out")
-            batch = _joined(chunks)
             if batch is not None:
                 yield batch
 
@@ -300,28 +298,43 @@ def _chunk_images(reading: Reading) -> int:
 
 def _steps(
     reading: Reading, cut: Cut, *, steps: int, workers: int, ahead: int
-) -> Generator[list[Chunk], None, None]:
-    """Yield the chunks of one step after the other, read here or in worker processes."""
-    per_step = cut.chunks_per_step
-    reader = ChunkReader(reading, cut, steps * per_step)
-    chunks = (
-        from_workers(reader, len(reader), workers=workers, ahead=ahead * per_step)
-        if workers
-        else map(reader.__getitem__, range(len(reader)))
+) -> Generator[tuple[list[Chunk], Batch | None], None, None]:
+    """Yield one step after the other, read here or in worker processes.
+
+    A step is what is known of its chunks, and the batch they make; None where nothing was readable.
+    """
+    per_step, side = cut.chunks_per_step, reading.settings.image_size
+    slots, arriving = None, None
+    if workers:
+        # One more for the chunk that is copied while all others are under way.
+        places = 1 + under_way(workers=workers, ahead=ahead * per_step)
+        slots = Slots(places, (reading.views, cut.chunk, 3, side, side))
+    reader = ChunkReader(reading, cut, steps * per_step, slots)
+    if workers:
+        arriving = from_workers(reader, len(reader), workers=workers, ahead=ahead * per_step)
+    for step in range(steps):
+        pixels = torch.empty(reading.views, len(cut.step(step)), 3, side, side)
+        chunks: list[Chunk] = []
+        filled = 0
+        for number in range(step * per_step, (step + 1) * per_step):
+            room = pixels[:, filled:]
+            if slots is None or arriving is None:
+                chunk = reader.read(number, room)
+            else:
+                chunk = next(arriving)
+                room[:, : len(chunk)].copy_(slots.of(number)[:, : len(chunk)])
+            chunks.append(chunk)
+            filled += len(chunk)
+        yield chunks, _joined(chunks, pixels[:, :filled])
+
+
+def _joined(chunks: Sequence[Chunk], pixels: Tensor) -> Batch | None:
+    shown = [chunk for chunk in chunks if len(chunk)]
+    if not shown:
+        return None
+    return Batch(
+        pixels=pixels,
+        draws=Draws.stack([chunk.draws for chunk in shown]),
+        labels=torch.from_numpy(np.concatenate([chunk.labels for chunk in shown])),
+        indices=torch.from_numpy(np.concatenate([chunk.indices for chunk in shown])),
     )
-    for _ in range(steps):
-        yield [next(chunks) for _ in range(per_step)]
-
-
-def _joined(chunks: Sequence[Chunk]) -> Batch | None:
-    pieces = [
-        Batch(
-            pixels=chunk.pixels,
-            draws=chunk.draws,
-            labels=torch.from_numpy(chunk.labels),
-            indices=torch.from_numpy(chunk.indices),
-        )
-        for chunk in chunks
-        if len(chunk.indices)
-    ]
-    return Batch.join(pieces) if pieces else None

@@ -28,6 +28,15 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
+def under_way(*, workers: int, ahead: int) -> int:
+    """Count the items that are prepared, waiting or on their way while the next one is awaited."""
+    return workers * _each(workers, ahead)
+
+
+def _each(workers: int, ahead: int) -> int:
+    return max(2, math.ceil(ahead / workers))
+
+
 def from_workers(reader: Dataset[T], count: int, *, workers: int, ahead: int) -> Iterator[T]:
     """Yield the items of a data set in order, prepared by worker processes.
 
@@ -68,7 +77,7 @@ def _worker_loader(reader: Dataset[T], workers: int, ahead: int) -> DataLoader[T
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
-        prefetch_factor=max(2, math.ceil(ahead / workers)),
+        prefetch_factor=_each(workers, ahead),
         worker_init_fn=_start_worker,
         # A fork shares the source's memory with all workers and starts in milliseconds.
         multiprocessing_context="fork",
