@@ -1,17 +1,16 @@
 """Crops of single images on the host, for sources whose images differ in size."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bigsimclr.augment.resize import Resize, taps
 
 
-@torch.inference_mode()
 def crop_resize_one(
     image: npt.NDArray[np.uint8],
     box: npt.NDArray[np.int32],
@@ -30,27 +29,38 @@ def crop_resize_one(
     """
     y, x, height, width = box.tolist()
     channels, rows, columns = out.shape
-    crop = np.array(image[y : y + height, x : x + width], order="C")
-    pixels = torch.from_numpy(crop).view(height, width * channels).to(torch.float32)
-    # Each output row is a weighted sum of four input rows: what an embedding bag computes in one
-    # pass over memory.
-    index, weight = _taps_of_bytes(height, rows, resize)
-    down = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)
-    turned = down.view(rows, width, channels).permute(1, 2, 0).reshape(width, channels * rows)
-    index, weight = _taps_of_floats(width, columns, resize)
-    across = F.embedding_bag(index, turned, mode="sum", per_sample_weights=weight)
+    pixels = torch.from_numpy(image[y : y + height, x : x + width].astype(np.float32))
+    down = _four_by_four(pixels.view(height, -1), _taps(height, rows, resize, bytes_=True))
+    turned = down.view(rows, width, channels).permute(1, 2, 0).reshape(width, -1)
+    across = _four_by_four(turned, _taps(width, columns, resize, bytes_=False))
     out.copy_(across.view(columns, channels, rows).permute(1, 2, 0))
 
 
-@lru_cache(maxsize=1024)  # 7 KiB each for views of 224 pixels
-def _taps_of_floats(length: int, size: int, resize: Resize) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Taps:
+    index: Tensor  # int32 [4*size], the rows that are read, four for each output row
+    weight: Tensor  # float32 [4*size]
+    first: Tensor  # int32 [size], where the four of an output row begin
+
+
+def _four_by_four(
+    rows: Tensor,  # float32 [length,n]
+    chosen: _Taps,
+) -> Tensor:  # float32 [size,n]
+    """Return weighted sums of four rows: an embedding bag, in one pass over memory."""
+    sums: Tensor = torch.embedding_bag(
+        rows, chosen.index, chosen.first, mode=0, per_sample_weights=chosen.weight
+    )[0]
+    return sums
+
+
+@lru_cache(maxsize=2048)  # 8 KiB each for views of 224 pixels
+def _taps(length: int, size: int, resize: Resize, *, bytes_: bool) -> _Taps:
     first, weight = taps(np.array([length], np.int64), size, resize)
     # Weightless taps may lie outside the crop.
-    index = np.clip(first[0, :, None] + np.arange(4), 0, length - 1).astype(np.int32)
-    return torch.from_numpy(index), torch.from_numpy(weight[0])
-
-
-@lru_cache(maxsize=1024)
-def _taps_of_bytes(length: int, size: int, resize: Resize) -> tuple[Tensor, Tensor]:
-    index, weight = _taps_of_floats(length, size, resize)
-    return index, weight / 255
+    index = np.clip(first[0, :, None] + np.arange(4), 0, length - 1)
+    return _Taps(
+        index=torch.from_numpy(index.astype(np.int32).reshape(-1)),
+        weight=torch.from_numpy(weight.reshape(-1)) / (255 if bytes_ else 1),
+        first=torch.arange(0, 4 * size, 4, dtype=torch.int32),
+    )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -78,6 +79,7 @@ class ChunkReader(Dataset[Chunk]):
             raise AssertionError("only worker processes ask for items, and they have slots")
         return self.read(number, self.slots.of(number))
 
+    @torch.inference_mode()
     def read(self, number: int, out: Tensor) -> Chunk:
         """Read chunk `number`; errors meant for the user come back as text, not as exceptions.
 

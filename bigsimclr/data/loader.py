@@ -25,7 +25,7 @@ from bigsimclr.data.chunks import Chunk, ChunkReader, Reading
 from bigsimclr.data.names import counted
 from bigsimclr.data.order import Cut, Order
 from bigsimclr.data.resident import Resident
-from bigsimclr.data.slots import Slots
+from bigsimclr.data.slots import Recycled, Slots
 from bigsimclr.data.workers import from_workers, under_way
 from bigsimclr.errors import DataError
 
@@ -304,16 +304,18 @@ def _steps(
     A step is what is known of its chunks, and the batch they make; None where nothing was readable.
     """
     per_step, side = cut.chunks_per_step, reading.settings.image_size
+    recycled = Recycled()
     slots, arriving = None, None
     if workers:
-        # One more for the chunk that is copied while all others are under way.
-        places = 1 + under_way(workers=workers, ahead=ahead * per_step)
+        # More than are under way, for the chunk that is copied meanwhile; a multiple of the workers,
+        # so that each has its own places.
+        places = workers + under_way(workers=workers, ahead=ahead * per_step)
         slots = Slots(places, (reading.views, cut.chunk, 3, side, side))
     reader = ChunkReader(reading, cut, steps * per_step, slots)
     if workers:
         arriving = from_workers(reader, len(reader), workers=workers, ahead=ahead * per_step)
     for step in range(steps):
-        pixels = torch.empty(reading.views, len(cut.step(step)), 3, side, side)
+        pixels = recycled.take((reading.views, len(cut.step(step)), 3, side, side))
         chunks: list[Chunk] = []
         filled = 0
         for number in range(step * per_step, (step + 1) * per_step):

@@ -1,17 +1,22 @@
-"""Pixels handed over in memory that a process shares with the worker processes it forks."""
+"""Memory for pixels that is used again: a new page costs as much time as reading it a few times."""
 
 import math
 import mmap
+import sys
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
-class Slots:
-    """A ring of equal places: piece `number` of a stream is written to place `number` modulo many.
+_KEPT = 3  # one that is read, one that waits for a device, one that is filled
 
-    Made once and used again and again, so that memory is bounded and no page is new. The memory has
-    no file, and the size of /dev/shm, which containers keep small, does not limit it.
+
+class Slots:
+    """A ring of equal places, shared with the worker processes that this one forks later: piece `number` of a stream is written to place `number` modulo many.
+
+    The memory has no file, and the size of /dev/shm, which containers keep small, does not limit it.
 
     Args:
         count: places; one more than the pieces that may be under way or waiting.
@@ -27,3 +32,23 @@ class Slots:
     def of(self, number: int) -> Tensor:
         """Return the place of piece `number`."""
         return self._places[number % len(self._places)]
+
+
+class Recycled:
+    """Float32 tensors whose memory is used again when nothing refers to them any more."""
+
+    def __init__(self) -> None:
+        self._arrays: list[NDArray[np.float32]] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor of any content."""
+        count = math.prod(shape)
+        for array in self._arrays:
+            # Every tensor that looks at the array holds one reference to it; the others are the
+            # list's, the loop's and the argument's.
+            if sys.getrefcount(array) == 3 and array.size == count:
+                return torch.from_numpy(array).view(shape)
+        # numpy asks for huge pages, which are new several times as fast.
+        fresh = np.empty(count, np.float32)
+        self._arrays = [*self._arrays[1 - _KEPT :], fresh]
+        return torch.from_numpy(fresh).view(shape)

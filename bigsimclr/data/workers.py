@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 _OPEN_FILES = 65_536
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+_KEPT_BYTES = 256 << 20
 
 
 def _allow_open_files() -> None:
@@ -95,6 +97,11 @@ def _start_worker(number: int) -> None:  # noqa: ARG001 - the DataLoader's signa
     # When the training process is killed, its workers would wait for ever to hand over their work.
     with contextlib.suppress(OSError, AttributeError):  # no such call but on Linux
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    # Images come and go by the megabyte; memory given back and asked for again costs a page fault
+    # for every 4 KiB, together as much as a resize.
+    with contextlib.suppress(OSError, AttributeError):  # no such call but in glibc
+        for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(threshold, _KEPT_BYTES)
     # A stop request goes to the whole process group; the training process needs its batches until
     # it has saved, and ends the workers itself.
     for request in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
