@@ -9,7 +9,7 @@ Shapes: B images of this rank in one step; V views; H = W pixels of a view.
 import hashlib
 import logging
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
 
@@ -21,21 +21,16 @@ from torch import Tensor
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.draws import Draws, centre_draws, draw_views
 from bigsimclr.data import EqualImages, Source
-from bigsimclr.data.chunks import Chunk, ChunkReader, Reading
+from bigsimclr.data.chunks import Chunk, Reading
 from bigsimclr.data.names import counted
 from bigsimclr.data.order import Cut, Order
 from bigsimclr.data.resident import Resident
-from bigsimclr.data.slots import Recycled, Slots
-from bigsimclr.data.workers import from_workers, under_way
+from bigsimclr.data.steps import ALONE, Means, chunk_images, read_steps
 from bigsimclr.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 Integers = NDArray[np.int64]
-
-# Small enough to keep all workers busy to the end of a step, large enough for few messages.
-_CHUNK_IMAGES = 64
-_CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -106,8 +101,7 @@ class Loader:
         global_batch: int,  # images of one step over all ranks
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 0,  # processes that read, decode and crop; 0: this process
-        prefetch_batches: int = 2,  # batches that the workers together prepare ahead
+        means: Means = ALONE,
         unreadable_limit: float = 0.001,  # share of the M images that may be replaced
         max_pixels: int = 64_000_000,
     ) -> None:
@@ -118,7 +112,7 @@ class Loader:
         self._global_batch = global_batch
         self._low = rank * global_batch // world_size
         self._high = (rank + 1) * global_batch // world_size
-        self._workers, self._prefetch_batches = workers, prefetch_batches
+        self._means = means
         self._limit = _Limit(share=unreadable_limit, images=len(indices))
         self._reading = Reading(
             source=source,
@@ -141,19 +135,17 @@ class Loader:
             step_examples=self._global_batch,
             low=self._low,
             high=self._high,
-            chunk=_chunk_images(self._reading),
+            chunk=chunk_images(self._reading, self._means),
         )
         if isinstance(self._source, EqualImages | Resident):
             for number in range(steps):
                 yield _gathered(self._source, self._reading, cut.step(number))
             return
-        ahead = self._prefetch_batches
-        with closing(
-            _steps(self._reading, cut, steps=steps, workers=self._workers, ahead=ahead)
-        ) as read:
-            for chunks, batch in read:
+        with closing(read_steps(self._reading, cut, steps=steps, means=self._means)) as read:
+            for chunks, pixels in read:
                 for chunk in chunks:
                     self._limit.count(chunk, self.unreadable, self.unreadable, "replaced")
+                batch = _joined(chunks, pixels)
                 if batch is None or len(batch) < self._high - self._low:
                     raise DataError(
                         f"no readable image was found: {self._limit.summary(self.unreadable)}"
@@ -167,8 +159,7 @@ def evaluation_batches(
     indices: Integers,  # [M] the images to show, in this order
     settings: ViewSettings,
     batch_size: int,
-    workers: int = 0,
-    prefetch_batches: int = 2,
+    means: Means = ALONE,
     unreadable_limit: float = 0.001,  # share of the M images that may be left out
     max_pixels: int = 64_000_000,
     unreadable: dict[str, str] | None = None,  # name -> reason; what is left out is added to it
@@ -196,7 +187,7 @@ def evaluation_batches(
         step_examples=batch_size,
         low=0,
         high=batch_size,
-        chunk=_chunk_images(reading),
+        chunk=chunk_images(reading, means),
         end=len(indices),
     )
     steps = math.ceil(len(indices) / batch_size)
@@ -206,12 +197,11 @@ def evaluation_batches(
         return
     limit, found = _Limit(share=unreadable_limit, images=len(indices)), dict[str, str]()
     told = {} if unreadable is None else unreadable
-    with closing(
-        _steps(reading, cut, steps=steps, workers=workers, ahead=prefetch_batches)
-    ) as read:
-        for chunks, batch in read:
+    with closing(read_steps(reading, cut, steps=steps, means=means)) as read:
+        for chunks, pixels in read:
             for chunk in chunks:
                 limit.count(chunk, found, told, "left out")
+            batch = _joined(chunks, pixels)
             if batch is not None:
                 yield batch
 
@@ -289,45 +279,6 @@ def _gathered(source: EqualImages | Resident, reading: Reading, positions: Integ
         labels=torch.from_numpy(reading.labels[indices]),
         indices=torch.from_numpy(indices),
     )
-
-
-def _chunk_images(reading: Reading) -> int:
-    view_bytes = 4 * 3 * reading.settings.image_size**2 * reading.views
-    return min(_CHUNK_IMAGES, max(1, _CHUNK_BYTES // view_bytes))
-
-
-def _steps(
-    reading: Reading, cut: Cut, *, steps: int, workers: int, ahead: int
-) -> Generator[tuple[list[Chunk], Batch | None], None, None]:
-    """Yield one step after the other, read here or in worker processes.
-
-    A step is what is known of its chunks, and the batch they make; None where nothing was readable.
-    """
-    per_step, side = cut.chunks_per_step, reading.settings.image_size
-    recycled = Recycled()
-    slots, arriving = None, None
-    if workers:
-        # More than are under way, for the chunk that is copied meanwhile; a multiple of the workers,
-        # so that each has its own places.
-        places = workers + under_way(workers=workers, ahead=ahead * per_step)
-        slots = Slots(places, (reading.views, cut.chunk, 3, side, side))
-    reader = ChunkReader(reading, cut, steps * per_step, slots)
-    if workers:
-        arriving = from_workers(reader, len(reader), workers=workers, ahead=ahead * per_step)
-    for step in range(steps):
-        pixels = recycled.take((reading.views, len(cut.step(step)), 3, side, side))
-        chunks: list[Chunk] = []
-        filled = 0
-        for number in range(step * per_step, (step + 1) * per_step):
-            room = pixels[:, filled:]
-            if slots is None or arriving is None:
-                chunk = reader.read(number, room)
-            else:
-                chunk = next(arriving)
-                room[:, : len(chunk)].copy_(slots.of(number)[:, : len(chunk)])
-            chunks.append(chunk)
-            filled += len(chunk)
-        yield chunks, _joined(chunks, pixels[:, :filled])
 
 
 def _joined(chunks: Sequence[Chunk], pixels: Tensor) -> Batch | None:

@@ -1,4 +1,4 @@
-"""Memory for pixels that is used again: a new page costs as much time as reading it a few times."""
+"""Memory for pixels that is used again: a new page costs more time than filling it."""
 
 import math
 import mmap
@@ -9,14 +9,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Floats = NDArray[np.float32]
 
 _KEPT = 3  # one that is read, one that waits for a device, one that is filled
 
 
 class Slots:
-    """A ring of equal places, shared with the worker processes that this one forks later: piece `number` of a stream is written to place `number` modulo many.
+    """A ring of equal places, shared with the worker processes that this one forks later.
 
-    The memory has no file, and the size of /dev/shm, which containers keep small, does not limit it.
+    Piece `number` of a stream is written to place `number` modulo the places. The memory has no
+    file: the size of /dev/shm, which containers keep small, does not limit it.
 
     Args:
         count: places; one more than the pieces that may be under way or waiting.
@@ -38,7 +40,7 @@ class Recycled:
     """Float32 tensors whose memory is used again when nothing refers to them any more."""
 
     def __init__(self) -> None:
-        self._arrays: list[NDArray[np.float32]] = []
+        self._arrays: list[Floats] = []
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor of any content."""

@@ -6,7 +6,7 @@ import math
 import resource
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TypeVar
 
 import torch
@@ -39,7 +39,9 @@ def _each(workers: int, ahead: int) -> int:
     return max(2, math.ceil(ahead / workers))
 
 
-def from_workers(reader: Dataset[T], count: int, *, workers: int, ahead: int) -> Iterator[T]:
+def from_workers(
+    reader: Dataset[T], count: int, *, workers: int, ahead: int
+) -> Generator[T, None, None]:
     """Yield the items of a data set in order, prepared by worker processes.
 
     Close the generator where an error ends its use: while the error lives, its traceback would

@@ -153,6 +153,8 @@ class InputSection(Section):
     """Worker processes that read, decode and crop; 0 works in the training process."""
     prefetch_batches: PositiveInt = 2
     """Batches prepared ahead, by all workers together."""
+    decoder: Literal["auto", "pillow", "dali"] = "auto"
+    """What decodes plain JPEGs: auto takes DALI on a GPU where it is installed (extra `dali`)."""
     unreadable_limit: Probability = 0.001
     """Share of unreadable images that are replaced before the run stops (rounded up)."""
     max_pixels: PositiveInt = 64_000_000

@@ -19,6 +19,7 @@ from bigsimclr.data.decode import UnreadableImageError
 from bigsimclr.data.folder import training_folder
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches, view_hash
 from bigsimclr.data.order import Order
+from bigsimclr.data.steps import Means
 from bigsimclr.errors import DataError
 from tests.data.conftest import Encode
 
@@ -63,6 +64,7 @@ def loader(source: Source, *, seed: int = 5, global_batch: int = 7, **options: o
     options.setdefault("indices", np.arange(len(source)))
     options.setdefault("labels", source.labels)
     options.setdefault("settings", DISTORT)
+    options["means"] = Means(workers=options.pop("workers", 0))
     return Loader(source, views=2, seed=seed, global_batch=global_batch, **options)
 
 
@@ -214,7 +216,7 @@ def test_evaluation_shows_each_image_once(pictures: NDArray[np.uint8], workers: 
     for source in (ArraySource(pictures, np.arange(12)), Single(pictures)):
         batches = list(
             evaluation_batches(
-                source, indices=chosen, settings=DISTORT, batch_size=2, workers=workers
+                source, indices=chosen, settings=DISTORT, batch_size=2, means=Means(workers=workers)
             )
         )
         assert [len(batch) for batch in batches] == [2, 2, 1]
@@ -259,7 +261,7 @@ def test_evaluation_tells_its_caller_what_it_leaves_out(
             indices=everything,
             settings=DISTORT,
             batch_size=2,
-            workers=workers,
+            means=Means(workers=workers),
             unreadable_limit=1.0,
             unreadable=told,
         )
@@ -349,10 +351,11 @@ def test_workers_die_with_a_killed_training_process(tmp_path: Path, png: Encode)
         "from pathlib import Path\n"
         "from bigsimclr.data.folder import training_folder\n"
         "from bigsimclr.data.loader import Loader\n"
+        "from bigsimclr.data.steps import Means\n"
         f"source = training_folder(Path({str(folder)!r}), '.', labelled=False)\n"
         "settings = ViewSettings(image_size=8, crop_area=(0.5, 1.0), flip_probability=0.5)\n"
         "loader = Loader(source, indices=np.arange(len(source)), labels=source.labels,\n"
-        "    settings=settings, views=2, seed=0, global_batch=64, workers=2)\n"
+        "    settings=settings, views=2, seed=0, global_batch=64, means=Means(workers=2))\n"
         "batches = loader.batches(0, 1000)\n"
         "next(batches)\n"
         "print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"

@@ -12,6 +12,7 @@ from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.device import make_views
 from bigsimclr.data import build_data, count_examples
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches, view_hash
+from bigsimclr.data.steps import Means
 from bigsimclr.recipe.sections import FolderData, ParquetData
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def test_photographs_become_views_of_224_pixels(photographs: Path) -> None:
             views=2,
             seed=0,
             global_batch=4,
-            workers=workers,
+            means=Means(workers=workers),
         )
         found.append(Batch.join(list(loader.batches(6, 2))))
         assert not loader.unreadable
@@ -103,7 +104,7 @@ def test_cifar10_is_read_from_parquet() -> None:
             views=2,
             seed=0,
             global_batch=96,
-            workers=workers,
+            means=Means(workers=workers),
         )
         batch = Batch.join(list(loader.batches(8990, 2)))
         assert batch.pixels.shape == (2, 192, 3, 32, 32)
