@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Choice = Literal["auto", "pillow", "dali"]
-
-_AT_ONCE: Final = 2  # chunks that a pipeline may hold
 
 
 class UndecodableError(Exception):
@@ -164,7 +162,8 @@ class DaliCrops:
             batch_size=self._most,
             num_threads=self._threads,
             device_id=(self._device.index or 0) if on_gpu else None,
-            prefetch_queue_depth=_AT_ONCE,
+            # Results kept; chunks begun wait for room. Deeper, the first ones would wait for others.
+            prefetch_queue_depth=1,
         )
         with pipeline:
             jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
