@@ -162,7 +162,7 @@ class DaliCrops:
             batch_size=self._most,
             num_threads=self._threads,
             device_id=(self._device.index or 0) if on_gpu else None,
-            # Results kept; chunks begun wait for room. Deeper, the first ones would wait for others.
+            # Deeper, a pipeline begins nothing before it has as many chunks.
             prefetch_queue_depth=1,
         )
         with pipeline:

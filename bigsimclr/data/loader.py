@@ -9,9 +9,9 @@ Shapes: B images of this rank in one step; V views; H = W pixels of a view.
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.draws import Draws, centre_draws, draw_views
 from bigsimclr.data import EqualImages, Source
+from bigsimclr.data.ahead import one_ahead
 from bigsimclr.data.chunks import Chunk, Reading
 from bigsimclr.data.names import counted
 from bigsimclr.data.order import Cut, Order
@@ -130,6 +131,9 @@ class Loader:
         Raises:
             DataError: more images than the limit cannot be read, or a worker process died.
         """
+        return _brought(self._read(first_example, steps), self._means.device)
+
+    def _read(self, first_example: int, steps: int) -> Generator[Batch, None, None]:
         cut = Cut(
             first_example=first_example,
             step_examples=self._global_batch,
@@ -153,6 +157,41 @@ class Loader:
                 yield batch
 
 
+def _brought(
+    batches: Generator[Batch, None, None], device: torch.device
+) -> Generator[Batch, None, None]:
+    """Bring the pixels to a GPU while the batch before is used; a CPU has them already."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    with closing(one_ahead(_copied(batches, device))) as copied:
+        for batch, done in copied:
+            present = torch.cuda.current_stream(device)
+            present.wait_event(done)
+            # Its memory is of the other stream, which must not use it again too early.
+            batch.pixels.record_stream(present)
+            yield batch
+
+
+def _copied(
+    batches: Generator[Batch, None, None], device: torch.device
+) -> Generator[tuple[Batch, torch.cuda.Event], None, None]:
+    aside = torch.cuda.Stream(device)
+    with closing(batches):
+        while True:
+            # Entered anew for each batch: the next one may be another thread's.
+            with torch.cuda.device(device), torch.cuda.stream(aside):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                pixels = batch.pixels
+                if not pixels.is_cuda and not pixels.is_pinned():
+                    pixels = pixels.pin_memory()
+                batch = replace(batch, pixels=pixels.to(device, non_blocking=True))
+                done = aside.record_event()
+            yield batch, done
+
+
 def evaluation_batches(
     source: Source,
     *,
@@ -173,6 +212,30 @@ def evaluation_batches(
     Raises:
         DataError: more images than the limit cannot be read, or a worker process died.
     """
+    batches = _read_once(
+        source,
+        indices=indices,
+        settings=settings,
+        batch_size=batch_size,
+        means=means,
+        unreadable_limit=unreadable_limit,
+        max_pixels=max_pixels,
+        unreadable=unreadable,
+    )
+    return _brought(batches, means.device)
+
+
+def _read_once(
+    source: Source,
+    *,
+    indices: Integers,
+    settings: ViewSettings,
+    batch_size: int,
+    means: Means,
+    unreadable_limit: float,
+    max_pixels: int,
+    unreadable: dict[str, str] | None,
+) -> Generator[Batch, None, None]:
     reading = Reading(
         source=source,
         order=None,

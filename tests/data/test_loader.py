@@ -64,7 +64,7 @@ def loader(source: Source, *, seed: int = 5, global_batch: int = 7, **options: o
     options.setdefault("indices", np.arange(len(source)))
     options.setdefault("labels", source.labels)
     options.setdefault("settings", DISTORT)
-    options["means"] = Means(workers=options.pop("workers", 0))
+    options.setdefault("means", Means(workers=options.pop("workers", 0)))
     return Loader(source, views=2, seed=seed, global_batch=global_batch, **options)
 
 
