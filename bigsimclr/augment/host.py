@@ -1,6 +1,6 @@
 """Crops of single images on the host, for sources whose images differ in size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -56,11 +56,14 @@ def _four_by_four(
 
 @lru_cache(maxsize=2048)  # 8 KiB each for views of 224 pixels
 def _taps(length: int, size: int, resize: Resize, *, bytes_: bool) -> _Taps:
+    if bytes_:
+        found = _taps(length, size, resize, bytes_=False)
+        return replace(found, weight=found.weight / 255)
     first, weight = taps(np.array([length], np.int64), size, resize)
     # Weightless taps may lie outside the crop.
     index = np.clip(first[0, :, None] + np.arange(4), 0, length - 1)
     return _Taps(
         index=torch.from_numpy(index.astype(np.int32).reshape(-1)),
-        weight=torch.from_numpy(weight.reshape(-1)) / (255 if bytes_ else 1),
+        weight=torch.from_numpy(weight.reshape(-1)),
         first=torch.arange(0, 4 * size, 4, dtype=torch.int32),
     )

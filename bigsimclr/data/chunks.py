@@ -54,6 +54,7 @@ class Reading:
     settings: ViewSettings
     views: int
     max_pixels: int
+    turbo: bool = False  # whether libjpeg-turbo itself decodes plain JPEGs
 
 
 class ChunkReader(Dataset[Chunk]):
@@ -104,13 +105,23 @@ def nothing(reading: Reading, failure: str) -> Chunk:
     return described(reading, [], draws_for(reading, [], []), {}, failure=failure)
 
 
-def image_at(source: Source, index: int, *, max_pixels: int) -> NDArray[np.uint8]:
+def image_at(
+    source: Source, index: int, *, max_pixels: int, turbo: bool = False
+) -> NDArray[np.uint8]:
     """Read and decode one image to uint8 [h, w, 3].
 
     Raises:
         UnreadableImageError: it cannot be read or decoded.
     """
-    return decode(_content(source, index), max_pixels=max_pixels)
+    content = _content(source, index)
+    if turbo:
+        from bigsimclr.data.turbo import decode_plain
+
+        found = decode_unless_plain(content, max_pixels=max_pixels)
+        pixels = decode_plain(found) if isinstance(found, Jpeg) else found
+        if pixels is not None:
+            return pixels
+    return decode(content, max_pixels=max_pixels)
 
 
 def image_or_jpeg_at(source: Source, index: int, *, max_pixels: int) -> NDArray[np.uint8] | Jpeg:
@@ -201,7 +212,7 @@ def _read_chunk(reading: Reading, positions: Integers, out: Tensor) -> Chunk:
     draws: list[Draws] = []
     unreadable: dict[str, str] = {}
     group = _Group()
-    read = partial(image_at, reading.source, max_pixels=reading.max_pixels)
+    read = partial(image_at, reading.source, max_pixels=reading.max_pixels, turbo=reading.turbo)
 
     def finish_group() -> None:
         own = draws_for(reading, group.asked, [image.shape[:2] for image in group.images])

@@ -7,78 +7,21 @@ border of a crop, where DALI repeats the edge and TensorFlow drops the taps outs
 steps in which the weights are tabulated.
 """
 
-import logging
 from collections import deque
 from collections.abc import Sequence
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bigsimclr.errors import MissingExtraError, RecipeError
-
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
-
-logger = logging.getLogger(__name__)
-
-Choice = Literal["auto", "pillow", "dali"]
 
 
 class UndecodableError(Exception):
     """One image of a chunk cannot be decoded; DALI does not say which."""
-
-
-def uses_dali(choice: Choice, *, resize: Literal["tf2", "tf1"], device: torch.device) -> bool:
-    """Say whether plain JPEGs are decoded by DALI, and log it.
-
-    Args:
-        choice: auto takes it on a GPU where it is installed; the others are orders.
-        resize: the kernel of the crops; DALI has one of the two.
-        device: where batches are wanted.
-
-    Raises:
-        MissingExtraError: it is ordered by name and not installed.
-        RecipeError: it is ordered by name and lacks the kernel.
-    """
-    if choice == "pillow":
-        logger.info("decoder: Pillow, as ordered")
-        return False
-    if resize != "tf2":
-        if choice == "dali":
-            raise RecipeError(
-                f"input.decoder: DALI has no kernel augment.resize={resize}; "
-                "input.decoder=pillow, or augment.resize=tf2"
-            )
-        logger.info("decoder: Pillow, since DALI has no kernel %s", resize)
-        return False
-    installed = _is_installed()
-    if choice == "dali":
-        if not installed:
-            raise MissingExtraError(
-                "input.decoder: dali needs the package nvidia-dali: pip install 'bigsimclr[dali]' "
-                "for CUDA 13, 'bigsimclr[dali-cuda12]' for CUDA 12"
-            )
-        logger.info("decoder: DALI on %s, as ordered", device.type)
-        return True
-    if device.type != "cuda":
-        logger.info("decoder: Pillow, since there is no GPU")
-        return False
-    if not installed:
-        logger.info("decoder: Pillow, since nvidia-dali is not installed (extra dali)")
-        return False
-    logger.info("decoder: DALI on the GPU; Pillow for all but plain JPEGs")
-    return True
-
-
-def _is_installed() -> bool:
-    try:
-        return find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # not even the package nvidia
-        return False
 
 
 class DaliCrops:

@@ -123,6 +123,7 @@ class Loader:
             settings=settings,
             views=views,
             max_pixels=max_pixels,
+            turbo=means.decoder == "turbo",
         )
 
     def batches(self, first_example: int, steps: int) -> Iterator[Batch]:
@@ -244,6 +245,7 @@ def _read_once(
         settings=settings,
         views=1,
         max_pixels=max_pixels,
+        turbo=means.decoder == "turbo",
     )
     cut = Cut(
         first_example=0,

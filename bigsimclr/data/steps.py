@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bigsimclr.data.chunks import Chunk, ChunkReader, Reading
 from bigsimclr.data.dali import DaliCrops, UndecodableError
+from bigsimclr.data.decoders import Decoder
 from bigsimclr.data.late import LateChunk, LateReader
 from bigsimclr.data.order import Cut
 from bigsimclr.data.slots import Recycled, Slots
@@ -32,13 +33,13 @@ class Means:
         workers: Processes that read, decode and crop; 0: this process.
         prefetch_batches: Batches that the workers together prepare ahead.
         device: Where batches are wanted.
-        dali: Whether plain JPEGs are decoded and cropped by DALI, on the device.
+        decoder: Of plain JPEGs; DALI crops as well, both on the device.
     """
 
     workers: int = 0
     prefetch_batches: int = 2
     device: torch.device = _CPU
-    dali: bool = False
+    decoder: Decoder = "pillow"
 
 
 ALONE = Means()
@@ -48,8 +49,8 @@ ALONE = Means()
 def chunk_images(reading: Reading, means: Means) -> int:
     """Choose how many images a chunk has."""
     view_bytes = 4 * 3 * reading.settings.image_size**2 * reading.views
-    # Before DALI has decoded them, chunks are small.
-    return _CHUNK_IMAGES if means.dali else min(_CHUNK_IMAGES, max(1, _CHUNK_BYTES // view_bytes))
+    most = min(_CHUNK_IMAGES, max(1, _CHUNK_BYTES // view_bytes))
+    return _CHUNK_IMAGES if means.decoder == "dali" else most
 
 
 def read_steps(
@@ -88,7 +89,7 @@ class _Filler(Protocol):
 
 def _filler(reading: Reading, cut: Cut, chunks: int, means: Means) -> _Filler:
     ahead = means.prefetch_batches * cut.chunks_per_step
-    if means.dali:
+    if means.decoder == "dali":
         return _ByDali(reading, cut, chunks, ahead=ahead, means=means)
     if means.workers:
         return _ByWorkers(reading, cut, chunks, workers=means.workers, ahead=ahead)
@@ -106,7 +107,7 @@ class _Fresh:
         self._means = means
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
-        if self._means.dali:
+        if self._means.decoder == "dali":
             return torch.empty(shape, device=self._means.device)
         return torch.empty(shape, pin_memory=True)
 

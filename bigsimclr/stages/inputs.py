@@ -12,7 +12,7 @@ from torch import Tensor
 from bigsimclr.augment import ViewSettings, view_settings
 from bigsimclr.augment.device import make_views
 from bigsimclr.data import EqualImages, Source, Splits, build_data
-from bigsimclr.data.dali import uses_dali
+from bigsimclr.data.decoders import Decoder, choose_decoder
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches
 from bigsimclr.data.resident import Resident, make_resident
 from bigsimclr.data.steps import Means
@@ -177,12 +177,14 @@ def _opened(recipe: AnyStage, device: torch.device) -> Splits:
 
 def _means(recipe: AnyStage, train: Source, settings: ViewSettings, device: torch.device) -> Means:
     reading = recipe.input
-    in_memory = isinstance(train, EqualImages | Resident)
+    decoder: Decoder = "pillow"
+    if not isinstance(train, EqualImages | Resident):
+        decoder = choose_decoder(reading.decoder, resize=settings.resize, device=device)
     return Means(
         workers=reading.workers,
         prefetch_batches=reading.prefetch_batches,
         device=device,
-        dali=not in_memory and uses_dali(reading.decoder, resize=settings.resize, device=device),
+        decoder=decoder,
     )
 
 

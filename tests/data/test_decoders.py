@@ -1,4 +1,4 @@
-"""DALI beside Pillow: the same images, draws and judgements, and nearly the same pixels."""
+"""DALI and libjpeg-turbo beside Pillow: equal draws and judgements, and nearly equal pixels."""
 
 import io
 import logging
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bigsimclr.augment import ViewSettings
-from bigsimclr.data.dali import DaliCrops, UndecodableError, uses_dali
+from bigsimclr.data.dali import DaliCrops, UndecodableError
 from bigsimclr.data.decode import UnreadableImageError, decode
+from bigsimclr.data.decoders import choose_decoder
 from bigsimclr.data.folder import FolderSource, training_folder
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches, view_hash
 from bigsimclr.data.steps import Means
@@ -24,6 +25,7 @@ from tests.data.test_real_images import DATA, SHARDS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+HAS_TURBO = find_spec("simplejpeg") is not None
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="nvidia-dali is not installed")
 SETTINGS = ViewSettings(image_size=64, colour_strength=1.0, colour_probability=0.8)
 
@@ -90,7 +92,7 @@ def folder(root: Path, files: dict[str, bytes]) -> FolderSource:
 def read(
     source: FolderSource, first: int = 0, steps: int = 6, **options: object
 ) -> tuple[Batch, dict[str, str]]:
-    dali, workers = options.pop("dali", True), options.pop("workers", 0)
+    decoder, workers = options.pop("decoder", "dali"), options.pop("workers", 0)
     loader = Loader(
         source,
         indices=np.arange(len(source)),
@@ -100,7 +102,7 @@ def read(
         seed=3,
         global_batch=8,
         unreadable_limit=0.5,
-        means=Means(workers=workers, dali=dali),
+        means=Means(workers=workers, decoder=decoder),
         **options,
     )
     return Batch.join(list(loader.batches(first, steps))), loader.unreadable
@@ -115,7 +117,7 @@ def agreement(found: NDArray[np.float32], expected: NDArray[np.float32]) -> tupl
 @needs_dali
 def test_every_kind_of_image_has_the_same_draws_and_pixels(tmp_path: Path) -> None:
     source = folder(tmp_path / "images", corpus())
-    expected, _ = read(source, dali=False)
+    expected, _ = read(source, decoder="pillow")
     found, unreadable = read(source)
     assert not unreadable
     assert view_hash(found) == view_hash(expected)
@@ -135,7 +137,7 @@ def test_one_view_hash_over_workers_ranks_and_resumption(tmp_path: Path) -> None
     source = folder(tmp_path / "images", corpus())
     straight, _ = read(source, steps=6)
     expected = view_hash(straight)
-    assert view_hash(read(source, dali=False)[0]) == expected
+    assert view_hash(read(source, decoder="pillow")[0]) == expected
     for workers in (1, 2, 3):
         found, _ = read(source, workers=workers)
         assert view_hash(found) == expected
@@ -165,7 +167,7 @@ def test_one_view_hash_over_workers_ranks_and_resumption(tmp_path: Path) -> None
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_images_are_judged_and_replaced_as_by_pillow(tmp_path: Path, workers: int) -> None:
     source = folder(tmp_path / "images", corpus() | damaged())
-    expected, bad = read(source, steps=8, dali=False)
+    expected, bad = read(source, steps=8, decoder="pillow")
     found, also_bad = read(source, steps=8, workers=workers)
     assert also_bad == bad
     assert {"cut.jpg", "empty.jpg", "no scan.jpg", "page.jpg", "wrong table.jpg"} <= set(bad)
@@ -195,7 +197,7 @@ def test_changed_bytes_are_judged_as_by_pillow(tmp_path: Path) -> None:
         except UnreadableImageError:
             bad.append(name)
     assert len(bad) > 3
-    expected, named = read(source, steps=8, dali=False)
+    expected, named = read(source, steps=8, decoder="pillow")
     found, also_named = read(source, steps=8)
     assert also_named == named
     assert view_hash(found) == view_hash(expected)
@@ -205,14 +207,14 @@ def test_changed_bytes_are_judged_as_by_pillow(tmp_path: Path) -> None:
 def test_evaluation_shows_the_same_centres(tmp_path: Path) -> None:
     source = folder(tmp_path / "images", corpus() | damaged())
     shown = []
-    for dali in (False, True):
+    for decoder in ("pillow", "dali"):
         left_out: dict[str, str] = {}
         batches = evaluation_batches(
             source,
             indices=np.arange(len(source)),
             settings=SETTINGS,
             batch_size=5,
-            means=Means(dali=dali),
+            means=Means(decoder=decoder),
             unreadable_limit=1.0,
             unreadable=left_out,
         )
@@ -253,7 +255,7 @@ def test_photographs_agree(tmp_path: Path) -> None:
         files = {Path(name).name: file.read() for name, file in contents if file is not None}
     source = folder(tmp_path / "images", files)
     settings = ViewSettings(image_size=224)
-    expected, _ = read(source, steps=5, dali=False, settings=settings)
+    expected, _ = read(source, steps=5, decoder="pillow", settings=settings)
     found, _ = read(source, steps=5, settings=settings)
     assert view_hash(found) == view_hash(expected)
     mean, share = agreement(found.pixels.numpy(), expected.pixels.numpy())
@@ -261,27 +263,45 @@ def test_photographs_agree(tmp_path: Path) -> None:
     assert share > 0.999
 
 
+@pytest.mark.skipif(not HAS_TURBO, reason="simplejpeg is not installed")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_turbo_is_pillow_to_the_bit(tmp_path: Path, workers: int) -> None:
+    files = {f"flipped{number:02d}.jpg": content for number, content in enumerate(flipped())}
+    source = folder(tmp_path / "images", corpus() | damaged() | files)
+    expected, bad = read(source, steps=10, decoder="pillow")
+    found, also_bad = read(source, steps=10, decoder="turbo", workers=workers)
+    assert also_bad == bad
+    assert len(bad) > 6
+    assert view_hash(found) == view_hash(expected)
+    assert torch.equal(found.pixels, expected.pixels)
+
+
 def test_what_is_taken_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert not uses_dali("pillow", resize="tf2", device=GPU)
-    assert not uses_dali("auto", resize="tf2", device=CPU)
-    assert not uses_dali("auto", resize="tf1", device=GPU)
-    assert uses_dali("auto", resize="tf2", device=GPU) == HAS_DALI
+    best = "turbo" if HAS_TURBO else "pillow"
+    assert choose_decoder("pillow", resize="tf2", device=GPU) == "pillow"
+    assert choose_decoder("auto", resize="tf2", device=CPU) == best
+    assert choose_decoder("auto", resize="tf1", device=GPU) == best
+    assert choose_decoder("auto", resize="tf2", device=GPU) == ("dali" if HAS_DALI else best)
     said = [record.getMessage() for record in caplog.records]
-    assert said[:3] == [
+    taken = "libjpeg-turbo" if HAS_TURBO else "Pillow"
+    wanting = "" if HAS_TURBO else " and simplejpeg is not installed (extra turbo)"
+    assert said == [
         "decoder: Pillow, as ordered",
-        "decoder: Pillow, since there is no GPU",
-        "decoder: Pillow, since DALI has no kernel tf1",
+        f"decoder: {taken}, since there is no GPU{wanting}",
+        f"decoder: {taken}, since DALI has no kernel tf1{wanting}",
+        "decoder: DALI, which is installed and has a GPU"
+        if HAS_DALI
+        else f"decoder: {taken}, since nvidia-dali is not installed (extra dali){wanting}",
     ]
-    if not HAS_DALI:
-        assert said[3] == "decoder: Pillow, since nvidia-dali is not installed (extra dali)"
 
 
 def test_an_order_that_cannot_be_followed_is_an_error() -> None:
     with pytest.raises(RecipeError, match=r"DALI has no kernel augment\.resize=tf1"):
-        uses_dali("dali", resize="tf1", device=CPU)
-    if HAS_DALI:
-        assert uses_dali("dali", resize="tf2", device=CPU)
-    else:
-        with pytest.raises(MissingExtraError, match=r"bigsimclr\[dali\]"):
-            uses_dali("dali", resize="tf2", device=CPU)
+        choose_decoder("dali", resize="tf1", device=CPU)
+    for choice, is_installed in (("dali", HAS_DALI), ("turbo", HAS_TURBO)):
+        if is_installed:
+            assert choose_decoder(choice, resize="tf2", device=CPU) == choice
+        else:
+            with pytest.raises(MissingExtraError, match=rf"bigsimclr\[{choice}\]"):
+                choose_decoder(choice, resize="tf2", device=CPU)
