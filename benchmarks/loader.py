@@ -249,7 +249,7 @@ def ways_of(folder: Path, scratch: Path, batch: int) -> list[Way]:
     for workers in (1, 2):
         read = partial(by_torch, files_in(folder), workers, batch)
         found.append(Way("torch + PIL", "folder", workers, read))
-        own: list[tuple["Decoder", str]] = [("pillow", name) for name in opened]
+        own: list[tuple[Decoder, str]] = [("pillow", name) for name in opened]
         if importlib.util.find_spec("simplejpeg") is not None:
             own += [("turbo", name) for name in opened]
         if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
