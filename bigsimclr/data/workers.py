@@ -5,6 +5,7 @@ import ctypes
 import math
 import resource
 import signal
+import threading
 import warnings
 from collections.abc import Generator
 from typing import TypeVar
@@ -60,7 +61,8 @@ def from_workers(
     with warnings.catch_warnings():
         # The recipe says how many workers; more than cores is right where the disk is slow.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        chunks = iter(_worker_loader(reader, workers, ahead))
+        with _own_signals():
+            chunks = iter(_worker_loader(reader, workers, ahead))
     for _ in range(count):
         try:
             yield next(chunks)
@@ -73,6 +75,18 @@ def from_workers(
                 " Usual causes: too little memory or shared memory; lower input.workers or"
                 " input.prefetch_batches"
             ) from error
+
+
+@contextlib.contextmanager
+def _own_signals() -> Generator[None, None, None]:
+    """Keep PyTorch from raising a worker's death wherever the training process happens to be.
+
+    It is noticed when the next item is awaited, within PyTorch's five seconds.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _worker_loader(reader: Dataset[T], workers: int, ahead: int) -> DataLoader[T]:
