@@ -29,7 +29,7 @@ def crop_resize_one(
     """
     y, x, height, width = box.tolist()
     channels, rows, columns = out.shape
-    pixels = torch.from_numpy(image[y : y + height, x : x + width].astype(np.float32))
+    pixels = torch.from_numpy(image[y : y + height, x : x + width].astype(np.float32, order="C"))
     down = _four_by_four(pixels.view(height, -1), _taps(height, rows, resize, bytes_=True))
     turned = down.view(rows, width, channels).permute(1, 2, 0).reshape(width, -1)
     across = _four_by_four(turned, _taps(width, columns, resize, bytes_=False))
