@@ -16,19 +16,24 @@ Other modes (32-bit integers beyond 16 bits, floats, LAB) have no agreed range a
 import io
 import re
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from bigsimclr.data.names import printable
 from bigsimclr.errors import DataError
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
+_END: Final = b"\xff\xd9"  # a JPEG's last marker; without it something is missing
+_GREY: Final = ([0], [1])
+_COLOURS: Final = [1, 2, 3]
 _BY_PILLOW: Final = frozenset({"1", "L", "P", "PA", "RGBX", "CMYK", "YCbCr"})
 _ORIENTATION: Final = 0x0112  # the EXIF tag; 1 is upright
 
@@ -49,6 +54,20 @@ class Header:
     has_profile: bool  # a colour profile
 
 
+@dataclass(frozen=True)
+class Jpeg:
+    """A plain JPEG that is not decoded yet: 8 bits, grey or YCbCr, complete to its end marker."""
+
+    encoded: bytes
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the shape of its pixels."""
+        return self.height, self.width, 3
+
+
 def decode(
     encoded: bytes | NDArray[np.uint8],  # a file's content, or pixels [h, w, 3] already
     *,
@@ -60,11 +79,38 @@ def decode(
         UnreadableImageError: the image is damaged, too large, or of a kind not accepted.
     """
     if isinstance(encoded, np.ndarray):
-        if encoded.dtype != np.uint8 or encoded.ndim != 3 or encoded.shape[2] != 3:
-            raise UnreadableImageError(
-                f"{encoded.dtype} {list(encoded.shape)} is not [h,w,3] uint8"
-            )
-        return encoded
+        return _checked(encoded)
+    with _judged(encoded, max_pixels) as image:
+        image.load()
+        return _rgb(image)
+
+
+def decode_unless_plain(
+    encoded: bytes | NDArray[np.uint8], *, max_pixels: int
+) -> NDArray[np.uint8] | Jpeg:
+    """Leave a plain JPEG to another decoder, which makes the same pixels of it; decode the rest.
+
+    Raises:
+        UnreadableImageError: as `decode` does, but for damage beyond a plain JPEG's header.
+    """
+    if isinstance(encoded, np.ndarray):
+        return _checked(encoded)
+    with _judged(encoded, max_pixels) as image:
+        if _is_plain(image) and encoded.endswith(_END):
+            return Jpeg(encoded, height=image.height, width=image.width)
+        image.load()
+        return _rgb(image)
+
+
+def _checked(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise UnreadableImageError(f"{pixels.dtype} {list(pixels.shape)} is not [h,w,3] uint8")
+    return pixels
+
+
+@contextmanager
+def _judged(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image and make one error of whatever happens to it."""
     if not encoded:
         raise UnreadableImageError("empty file")
     try:
@@ -72,7 +118,9 @@ def decode(
         # differently for every number of workers.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _decoded(encoded, max_pixels)
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+                _check_size(image, max_pixels)
+                yield image
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:
@@ -130,15 +178,24 @@ def fitted(
     return np.asarray(Image.fromarray(pixels).resize(size, how))
 
 
-def _decoded(encoded: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-        pixels = image.width * image.height
-        if pixels > max_pixels:
-            raise UnreadableImageError(f"declares {pixels} pixels (limit {max_pixels})")
-        if pixels == 0:
-            raise UnreadableImageError("has no pixels")
-        image.load()
-        return _rgb(image)
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise UnreadableImageError(f"declares {pixels} pixels (limit {max_pixels})")
+    if pixels == 0:
+        raise UnreadableImageError("has no pixels")
+
+
+def _is_plain(image: Image.Image) -> bool:
+    if not isinstance(image, JpegImageFile) or image.format != "JPEG" or image.bits != 8:
+        return False
+    # Decoders guess by other numbers and by Adobe's note what the components are.
+    components = [layer[0] for layer in image.layer]
+    if image.mode == "L":
+        return components in _GREY
+    return (
+        image.mode == "RGB" and components == _COLOURS and image.info.get("adobe_transform", 1) == 1
+    )
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:

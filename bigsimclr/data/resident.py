@@ -6,7 +6,7 @@ Shapes: N images of H x W pixels.
 import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -92,20 +92,14 @@ def make_resident(
             shape = piece.pixels.shape[1:]
             if parts and shape != parts[0].shape[1:]:
                 raise DataError(_unequal(source, len(parts) * _PIECE, shape, parts[0].shape[1:]))
-            parts.append(piece.pixels)
+            parts.append(torch.from_numpy(piece.pixels))
     return Resident(source, _placed(torch.cat(parts), device))
 
 
 @dataclass(frozen=True)
 class _Piece:
-    pixels: Tensor  # uint8 [b, H, W, 3]
+    pixels: NDArray[np.uint8]  # [b, H, W, 3]
     failure: str = ""  # why there are none
-
-    def with_pixels(
-        self,
-        pixels: Tensor,  # uint8 [b, H, W, 3]
-    ) -> "_Piece":
-        return replace(self, pixels=pixels)
 
 
 class _Decoder(Dataset[_Piece]):
@@ -132,7 +126,7 @@ class _Decoder(Dataset[_Piece]):
             if images and image.shape != images[0].shape:
                 return _failed(_unequal(self._source, index, image.shape, images[0].shape))
             images.append(image)
-        return _Piece(torch.from_numpy(np.stack(images)))
+        return _Piece(np.stack(images))
 
 
 def _pieces(reader: _Decoder, workers: int) -> Generator[_Piece, None, None]:
@@ -143,7 +137,7 @@ def _pieces(reader: _Decoder, workers: int) -> Generator[_Piece, None, None]:
 
 
 def _failed(reason: str) -> _Piece:
-    return _Piece(torch.empty(0, 0, 0, 3, dtype=torch.uint8), reason)
+    return _Piece(np.empty((0, 0, 0, 3), np.uint8), reason)
 
 
 def _unequal(source: Source, index: int, found: Sequence[int], first: Sequence[int]) -> str:

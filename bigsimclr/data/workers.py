@@ -1,18 +1,16 @@
 """Worker processes that prepare pieces of work in order, and die with the training process.
 
-Pixels cross in memory that a worker fills and hands over by its descriptor: nothing is copied on
-the way, and a full or small /dev/shm does not matter. A worker shares no lock and no pipe with
-another, so that one which is killed, whatever it was doing, blocks nobody. It is replaced, and what
-it had been given is prepared again: a piece of work is a pure function of its number.
+A worker shares no lock and no pipe with another, so that one which is killed, whatever it was
+doing, blocks nobody. It is replaced, and what it had been given is prepared again: a piece of work
+is a pure function of its number. Pixels do not go through the pipes; their place is known by the
+piece's number (`slots.Slots`), and nobody else writes there before the piece was used.
 """
 
 import contextlib
+import ctypes
 import logging
-import mmap
 import multiprocessing
-import os
 import queue
-import resource
 import signal
 import threading
 import traceback
@@ -21,13 +19,10 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
-from multiprocessing.reduction import recv_handle, send_handle
 from multiprocessing.util import Finalize
-from typing import Final, Generic, Protocol, Self, TypeVar
+from typing import Final, Generic, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from bigsimclr.data.processes import die_with_parent, ending
@@ -35,28 +30,19 @@ from bigsimclr.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_OPEN_FILES: Final = 65_536
+_TRIM_THRESHOLD: Final = -1  # M_TRIM_THRESHOLD
+_MMAP_THRESHOLD: Final = -3  # M_MMAP_THRESHOLD
+_KEPT_BYTES: Final = 256 << 20
 _TRIES: Final = 3  # deaths at one piece of work before it is given up
 _MOST_DEATHS: Final = 10  # in a row, without one piece of work done
 
 
-class Carried(Protocol):
-    """A piece of work whose pixels cross apart from the rest."""
-
-    @property
-    def pixels(self) -> Tensor:
-        """Return the pixels, of any shape and type."""
-        ...
-
-    def with_pixels(
-        self,
-        pixels: Tensor,  # [...] of any shape
-    ) -> Self:
-        """Return the same with other pixels."""
-        ...
+T = TypeVar("T")
 
 
-T = TypeVar("T", bound=Carried)
+def under_way(*, workers: int, ahead: int) -> int:
+    """Count the pieces that may be in preparation or waiting, with the one that is used."""
+    return max(ahead, 2 * workers)
 
 
 def from_workers(
@@ -75,9 +61,8 @@ def from_workers(
     Raises:
         DataError: worker processes die again and again.
     """
-    _allow_open_files()
     team = _Team(reader, workers)
-    window = max(ahead, 2 * workers)
+    window = under_way(workers=workers, ahead=ahead)
     ready: dict[int, T] = {}
     given = 0
     try:
@@ -106,6 +91,14 @@ class _Worker:
     given: list[int] = field(default_factory=list)  # and not returned, in this order
 
 
+@dataclass
+class _Ending:
+    """Keeps a thread that reads ahead from replacing workers while the process ends them."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    has_begun: bool = False
+
+
 class _Team(Generic[T]):
     def __init__(self, reader: Dataset[T], workers: int) -> None:
         self._reader = reader
@@ -114,7 +107,8 @@ class _Team(Generic[T]):
         self._workers: list[_Worker] = []
         # A generator that an error keeps alive is not closed before the process exits, which would
         # wait for ever for workers that ignore requests to stop.
-        self.end = Finalize(None, _end, args=(self._workers,), exitpriority=1)
+        self._ending = _Ending()
+        self.end = Finalize(None, _end, args=(self._workers, self._ending), exitpriority=1)
         for _ in range(workers):
             self._workers.append(self._started())
 
@@ -128,11 +122,13 @@ class _Team(Generic[T]):
         for connection in wait(list(by_connection)):
             worker = by_connection[connection]  # type: ignore[index] # what was waited for
             try:
-                received: tuple[int, T] = _received(worker.connection)
+                received: tuple[int, T | _Unexpected] = worker.connection.recv()
             except (EOFError, OSError):
                 self._replace(worker)
                 continue
             number, item = received
+            if isinstance(item, _Unexpected):
+                raise item.error
             ready[number] = item
             worker.given.remove(number)
             self._in_a_row = 0
@@ -173,39 +169,37 @@ class _Team(Generic[T]):
                 " data scan finds it); lower input.workers or input.prefetch_batches"
             )
         logger.warning("a process that reads images died %s and was replaced", how)
-        fresh = self._started()
-        self._workers[self._workers.index(worker)] = fresh
+        with self._ending.lock:
+            if self._ending.has_begun:
+                raise DataError("the reading of images was ended")
+            fresh = self._started()
+            self._workers[self._workers.index(worker)] = fresh
         for number in worker.given:
             self._hand(fresh, number)
 
 
-def _end(workers: list[_Worker]) -> None:
-    for worker in workers:
-        worker.process.kill()
-        worker.connection.close()
+def _end(workers: list[_Worker], ending: _Ending) -> None:
+    with ending.lock:
+        ending.has_begun = True
+        for worker in workers:
+            worker.process.kill()
+            worker.connection.close()
     for worker in workers:
         worker.process.join()
 
 
-def _allow_open_files() -> None:
-    # Every piece of work that waits in memory is an open file; the usual 1,024 end a big batch.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard or hard == resource.RLIM_INFINITY:
-        most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-
-
-def _serve(reader: Dataset[Carried], training: Connection, connection: Connection) -> None:
+def _serve(reader: Dataset[T], training: Connection, connection: Connection) -> None:
     training.close()
     torch.set_num_threads(1)
     # When the training process is killed, its workers would wait for ever to hand over their work.
     die_with_parent()
+    _keep_memory()
     # A stop request goes to the whole process group; the training process needs its batches until
     # it has saved, and ends the workers itself.
     for request in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(request, signal.SIG_IGN)
     # A connection holds a few finished items only. The rest waits here, while work goes on.
-    done: queue.SimpleQueue[tuple[int, Carried | _Unexpected]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, T | _Unexpected]] = queue.SimpleQueue()
     threading.Thread(target=_hand_over, args=(connection, done), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # nobody asks any more
         while True:
@@ -218,46 +212,17 @@ def _serve(reader: Dataset[Carried], training: Connection, connection: Connectio
                 done.put((number, _Unexpected(told)))
 
 
+def _keep_memory() -> None:
+    # Images come and go by the megabyte; memory given back and asked for again costs a page fault
+    # for every 4 KiB, together as much as a resize.
+    with contextlib.suppress(OSError, AttributeError):  # no such call but in glibc
+        for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(threshold, _KEPT_BYTES)
+
+
 def _hand_over(
-    connection: Connection, done: "queue.SimpleQueue[tuple[int, Carried | _Unexpected]]"
+    connection: Connection, done: "queue.SimpleQueue[tuple[int, T | _Unexpected]]"
 ) -> None:
     with contextlib.suppress(OSError):  # nobody listens any more
         while True:
-            _send(connection, *done.get())
-
-
-def _send(connection: Connection, number: int, item: "Carried | _Unexpected") -> None:
-    if isinstance(item, _Unexpected):
-        connection.send((number, item, (), torch.uint8, 0))
-        return
-    pixels = item.pixels.contiguous()
-    rest = item.with_pixels(torch.empty(0))
-    connection.send((number, rest, tuple(pixels.shape), pixels.dtype, pixels.nbytes))
-    if not pixels.nbytes:
-        return
-    descriptor = os.memfd_create("bigsimclr-images")
-    try:
-        waiting = pixels.numpy().reshape(-1).view(np.uint8).data
-        while waiting:
-            waiting = waiting[os.write(descriptor, waiting) :]
-        send_handle(connection, descriptor, None)
-    finally:
-        os.close(descriptor)
-
-
-def _received(connection: Connection) -> tuple[int, T]:
-    number, item, shape, dtype, size = connection.recv()
-    if isinstance(item, _Unexpected):
-        raise item.error
-    if not size:
-        return number, item.with_pixels(torch.empty(shape, dtype=dtype))
-    try:
-        descriptor = recv_handle(connection)
-    except RuntimeError as error:  # it died between the two
-        raise EOFError from error
-    try:
-        memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    finally:
-        os.close(descriptor)
-    # The tensor keeps the mapping, and the mapping the memory.
-    return number, item.with_pixels(torch.frombuffer(memory, dtype=dtype).view(shape))
+            connection.send(done.get())

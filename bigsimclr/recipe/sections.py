@@ -84,6 +84,9 @@ class InputSection(Section):
     """Worker processes that read, decode and crop; 0 works in the training process."""
     prefetch_batches: PositiveInt = 2
     """Batches prepared ahead, by all workers together."""
+    decoder: Literal["auto", "pillow", "turbo", "dali"] = "auto"
+    """What decodes plain JPEGs: auto takes DALI on a GPU (extra `dali`), else libjpeg-turbo (extra
+    `turbo`), where they are installed; else Pillow."""
     unreadable_limit: Probability = 0.001
     """Share of unreadable images that are replaced before the run stops (rounded up)."""
     max_pixels: PositiveInt = 64_000_000

@@ -33,6 +33,7 @@ FREE_KEYS = (
     "parallel.cpu_threads",
     "input.workers",
     "input.prefetch_batches",
+    "input.decoder",
     "input.unreadable_limit",
     "data.root",
     "data.manifest",

@@ -21,6 +21,7 @@ import torch
 from bigsimclr.augment import ViewSettings
 from bigsimclr.data.folder import FolderSource, training_folder
 from bigsimclr.data.loader import Batch, Loader, view_hash
+from bigsimclr.data.steps import Means
 from bigsimclr.errors import DataError
 
 STEPS = 6
@@ -36,7 +37,7 @@ def walked(source: FolderSource, pause: float) -> tuple[str, float]:
         views=2,
         seed=3,
         global_batch=96,
-        workers=2,
+        means=Means(workers=2),
     )
     batches = []
     for batch in loader.batches(0, STEPS):

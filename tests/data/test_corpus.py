@@ -19,6 +19,7 @@ from bigsimclr.data.folder import found_folder, training_folder
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches, view_hash
 from bigsimclr.data.names import printable
 from bigsimclr.data.scan import scan
+from bigsimclr.data.steps import Means
 from tests.data.corpus import MAX_PIXELS, Odd, bomb, images, write_images, write_traps
 
 ODD = images()
@@ -77,7 +78,7 @@ def test_the_loader_replaces_what_is_broken_and_names_it(
             views=2,
             seed=1,
             global_batch=len(source),
-            workers=workers,
+            means=Means(workers=workers),
             unreadable_limit=1.0,
         )
         seen.append(Batch.join(list(loader.batches(0, 2))))
@@ -140,6 +141,7 @@ from pathlib import Path
 from bigsimclr.data import Splits
 from bigsimclr.data.folder import training_folder
 from bigsimclr.data.scan import scan
+from bigsimclr.data.steps import Means
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -20,6 +20,7 @@ from bigsimclr.data.decode import UnreadableImageError
 from bigsimclr.data.folder import training_folder
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches, view_hash
 from bigsimclr.data.order import Order
+from bigsimclr.data.steps import Means
 from bigsimclr.errors import DataError
 from tests.data.conftest import Encode
 
@@ -64,6 +65,7 @@ def loader(source: Source, *, seed: int = 5, global_batch: int = 7, **options: o
     options.setdefault("indices", np.arange(len(source)))
     options.setdefault("labels", source.labels)
     options.setdefault("settings", DISTORT)
+    options.setdefault("means", Means(workers=options.pop("workers", 0)))
     return Loader(source, views=2, seed=seed, global_batch=global_batch, **options)
 
 
@@ -215,7 +217,7 @@ def test_evaluation_shows_each_image_once(pictures: NDArray[np.uint8], workers: 
     for source in (ArraySource(pictures, np.arange(12)), Single(pictures)):
         batches = list(
             evaluation_batches(
-                source, indices=chosen, settings=DISTORT, batch_size=2, workers=workers
+                source, indices=chosen, settings=DISTORT, batch_size=2, means=Means(workers=workers)
             )
         )
         assert [len(batch) for batch in batches] == [2, 2, 1]
@@ -260,7 +262,7 @@ def test_evaluation_tells_its_caller_what_it_leaves_out(
             indices=everything,
             settings=DISTORT,
             batch_size=2,
-            workers=workers,
+            means=Means(workers=workers),
             unreadable_limit=1.0,
             unreadable=told,
         )
@@ -350,10 +352,11 @@ def test_workers_die_with_a_killed_training_process(tmp_path: Path, png: Encode)
         "from pathlib import Path\n"
         "from bigsimclr.data.folder import training_folder\n"
         "from bigsimclr.data.loader import Loader\n"
+        "from bigsimclr.data.steps import Means\n"
         f"source = training_folder(Path({str(folder)!r}), '.', labelled=False)\n"
         "settings = ViewSettings(image_size=8, crop_area=(0.5, 1.0), flip_probability=0.5)\n"
         "loader = Loader(source, indices=np.arange(len(source)), labels=source.labels,\n"
-        "    settings=settings, views=2, seed=0, global_batch=64, workers=2)\n"
+        "    settings=settings, views=2, seed=0, global_batch=64, means=Means(workers=2))\n"
         "batches = loader.batches(0, 1000)\n"
         "next(batches)\n"
         "print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
@@ -416,12 +419,14 @@ def test_a_stream_that_nobody_closes_does_not_keep_the_process(tmp_path: Path) -
         "from bigsimclr.data.arrays import ArraySource\n"
         "from bigsimclr.data.chunks import ChunkReader, Reading\n"
         "from bigsimclr.data.order import Cut, Order\n"
+        "from bigsimclr.data.slots import Slots\n"
         "from bigsimclr.data.workers import from_workers\n"
         "source, every = ArraySource(np.zeros((9, 9, 9, 3), np.uint8)), np.arange(9)\n"
         "reading = Reading(source=source, order=Order(indices=every, seed=0), indices=every,\n"
         "    labels=source.labels, settings=ViewSettings(image_size=8), views=2, max_pixels=99)\n"
         "cut = Cut(first_example=0, step_examples=4, low=0, high=4, chunk=4)\n"
-        "stream = from_workers(ChunkReader(reading, cut, 99), 99, workers=2, ahead=4)\n"
+        "slots = Slots(4, (2, 4, 3, 8, 8))\n"
+        "stream = from_workers(ChunkReader(reading, cut, 99, slots), 99, workers=2, ahead=4)\n"
         "print(len(next(stream).indices))\n"
         "kept = [stream]\n"
         "kept.append(kept)\n"
@@ -458,3 +463,33 @@ def _alive(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@pytest.mark.slow
+def test_killed_workers_end_the_stream_with_their_name_or_change_nothing(
+    pictures: NDArray[np.uint8],
+) -> None:
+    import multiprocessing
+
+    source = Single(pictures)
+    expected = [view_hash(batch) for batch in loader(source).batches(0, 12)]
+    random_moment = random.Random(0)
+    named = 0
+    for _ in range(5):
+        killed_at = random_moment.randrange(12)
+        found = []
+        stream = loader(source, workers=2).batches(0, 12)
+        try:
+            for number, batch in enumerate(stream):
+                found.append(view_hash(batch))
+                if number == killed_at:
+                    child = random_moment.choice(multiprocessing.active_children())
+                    os.kill(child.pid, signal.SIGKILL)
+        except DataError as error:
+            assert "a process that reads images died" in str(error)  # noqa: PT017 - may not come
+            named += 1
+        else:
+            assert len(found) == 12
+        stream.close()
+        assert found == expected[: len(found)]
+    assert named > 0

@@ -16,6 +16,7 @@ from bigsimclr.data.mixture import mixed
 from bigsimclr.data.order import Mixture, Order, Part, Runs, order_of
 from bigsimclr.data.resident import Resident, make_resident
 from bigsimclr.data.shards import open_shards
+from bigsimclr.data.steps import Means
 from bigsimclr.errors import DataError
 from bigsimclr.randomness import Stream, permuted
 from bigsimclr.recipe.sources import MixData
@@ -160,7 +161,7 @@ def test_substitutes_are_of_the_set_and_the_same_in_every_order() -> None:
         assert found <= set(SUBSET.tolist())
 
 
-def _loader(source: Source, **keys: int) -> Loader:
+def _loader(source: Source, *, workers: int = 0, **keys: int) -> Loader:
     return Loader(
         source,
         indices=np.arange(len(source)),
@@ -169,6 +170,7 @@ def _loader(source: Source, **keys: int) -> Loader:
         views=2,
         seed=1,
         global_batch=12,
+        means=Means(workers=workers),
         **keys,
     )
 

@@ -18,6 +18,7 @@ from bigsimclr.data.loader import Loader, view_hash
 from bigsimclr.data.pack import Progress, pack
 from bigsimclr.data.pack_file import NAME, read_pack
 from bigsimclr.data.shards import ShardSource, open_shards
+from bigsimclr.data.steps import Means
 from bigsimclr.errors import DataError, StorageError
 from bigsimclr.recipe.sources import ShardsData
 from tests.data.conftest import Encode
@@ -79,7 +80,7 @@ def _hashes(source: Source, workers: int, seed: int = 5) -> list[str]:
         views=2,
         seed=seed,
         global_batch=5,
-        workers=workers,
+        means=Means(workers=workers),
     )
     return [view_hash(batch) for batch in loader.batches(3, 6)]
 

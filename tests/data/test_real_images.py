@@ -17,6 +17,7 @@ from bigsimclr.data.folder import found_folder, training_folder
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches, view_hash
 from bigsimclr.data.pack import pack
 from bigsimclr.data.scan import scan
+from bigsimclr.data.steps import Means
 from bigsimclr.recipe.sources import FolderData, ParquetData, ShardsData
 
 REPOSITORY = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def test_photographs_become_views_of_224_pixels(photographs: Path) -> None:
             views=2,
             seed=0,
             global_batch=4,
-            workers=workers,
+            means=Means(workers=workers),
         )
         found.append(Batch.join(list(loader.batches(6, 2))))
         assert not loader.unreadable
@@ -108,7 +109,7 @@ def test_cifar10_is_read_from_parquet() -> None:
             views=2,
             seed=0,
             global_batch=96,
-            workers=workers,
+            means=Means(workers=workers),
         )
         batch = Batch.join(list(loader.batches(8990, 2)))
         assert batch.pixels.shape == (2, 192, 3, 32, 32)
@@ -179,7 +180,7 @@ def test_photographs_have_one_view_hash_from_files_and_from_shards(
                 views=2,
                 seed=0,
                 global_batch=32,
-                workers=workers,
+                means=Means(workers=workers),
             )
             batch = Batch.join(list(loader.batches(984, 2)))
             assert not loader.unreadable
