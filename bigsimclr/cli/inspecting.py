@@ -22,7 +22,7 @@ ImagesArgument = Annotated[
     typer.Argument(
         metavar="RECIPE",
         help="A recipe; or images themselves: a folder (with train and val in it, if there are "
-        "held-out images) or an .npz file.",
+        "held-out images) or one of tar shards, an .npz file, or parquet files by name or pattern.",
     ),
 ]
 WorkersOption = Annotated[
@@ -165,21 +165,33 @@ def _opened(images: str, overrides: list[str]) -> _Opened:
     from bigsimclr.data import build_data
     from bigsimclr.recipe import list_recipes
     from bigsimclr.recipe.sections import InputSection
-    from bigsimclr.recipe.sources import ArraysData
 
-    path, most = Path(images).expanduser(), InputSection().max_pixels
     # A folder may be called as a recipe that ships; `digits/` is the folder.
-    is_name = images in list_recipes()
-    if not is_name and (path.is_dir() or path.suffix == ".npz"):
+    found = None if images in list_recipes() else _lying_at(Path(images).expanduser())
+    if found is not None:
         if overrides:
             raise RecipeError(f"{overrides[0]}: {images} is no recipe and has no keys to change")
-        if path.is_dir():
-            from bigsimclr.data.folder import found_folder
-
-            return _Opened(found_folder(path), most)
-        return _Opened(build_data(ArraysData(kind="arrays", root=path)), most)
+        return _Opened(found, InputSection().max_pixels)
     recipe = _stage_recipe(images, overrides)
     return _Opened(build_data(recipe.data), recipe.input.max_pixels)
+
+
+def _lying_at(path: Path) -> "Splits | None":
+    """Open the images at a path; None where it must be a recipe's."""
+    from bigsimclr.data import build_data
+    from bigsimclr.recipe.sources import ArraysData, ParquetData, ShardsData
+
+    if path.suffix == ".npz":
+        return build_data(ArraysData(kind="arrays", root=path))
+    if path.suffix == ".parquet":
+        return build_data(ParquetData(kind="parquet", root=path.parent, train=path.name))
+    if not path.is_dir():
+        return None
+    if any(path.glob("*.tar")):
+        return build_data(ShardsData(kind="shards", root=path))
+    from bigsimclr.data.folder import found_folder
+
+    return found_folder(path)
 
 
 def _stage_recipe(name: str, overrides: list[str]) -> "AnyStage":

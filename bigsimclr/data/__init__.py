@@ -17,10 +17,13 @@ from bigsimclr.recipe.sources import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
 __all__ = [
+    "Choosy",
     "EqualImages",
     "Sample",
     "Source",
@@ -67,6 +70,13 @@ class EqualImages(Source, Protocol):
     def read_many(self, indices: "NDArray[np.int64]") -> "NDArray[np.uint8]":
         """Return the images of `indices` as one array [B, H, W, 3]."""
         ...
+
+
+@runtime_checkable
+class Choosy(Source, Protocol):
+    """A source that found entries which only have the name of an image."""
+
+    left_out: "Mapping[str, str]"  # name -> reason
 
 
 class _Divisible(Source, Protocol):
@@ -206,7 +216,7 @@ def _mixture(section: MixData) -> Splits:
     found = [build_data(source.data) for source in section.sources]
     train = mixed([splits.train for splits in found], [source.weight for source in section.sources])
     apart = [splits.held_out for splits in found if splits.held_out is not None]
-    held_out = one_behind_the_other(apart, train.classes) if apart else None
+    held_out = one_behind_the_other(apart, train) if apart else None
     return Splits(train, held_out, "data.sources")
 
 

@@ -1,12 +1,12 @@
 """Several sources as one: their images behind each other, seen in given shares."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigsimclr.data import Sample, Source
+from bigsimclr.data import Choosy, Sample, Source
 from bigsimclr.data.names import fingerprint, some
 from bigsimclr.data.order import Arranged, Mixture, Part
 from bigsimclr.errors import DataError
@@ -23,6 +23,7 @@ class Mixed:
         *,
         classes: tuple[str, ...],  # of all sources; each source's own are among them
         weights: Sequence[float] | None,  # shares of the examples seen; None: as many as there are
+        beside: Sequence[Source] = (),  # sources that are shown elsewhere
     ) -> None:
         self.classes = classes
         self.labels = np.concatenate([_relabelled(source, classes) for source in sources])
@@ -35,10 +36,11 @@ class Mixed:
                 *shares,
             ]
         )
-        self._sources = sources
+        self.sources = sources
         self._starts = np.cumsum([0, *map(len, sources)])
         self.arrangement = None if weights is None else self._mixture(weights)
         self._is_numbered = not _are_unique(sources)
+        self.left_out: Mapping[str, str] = self._left_out(beside)  # name -> reason
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -46,8 +48,7 @@ class Mixed:
     def name(self, index: int) -> str:
         """Name image `index` as its source does; behind the source's number if that is doubtful."""
         number, within = self._place(index)
-        name = self._sources[number].name(within)
-        return f"{number}/{name}" if self._is_numbered else name
+        return self._named(number, self.sources[number].name(within))
 
     def read(self, index: int) -> Sample:
         """Read image `index`.
@@ -57,8 +58,21 @@ class Mixed:
             DataError: its source says why.
         """
         number, within = self._place(index)
-        image = self._sources[number].read(within).image
+        image = self.sources[number].read(within).image
         return Sample(image=image, label=int(self.labels[index]), index=index)
+
+    def _named(self, number: int, name: str) -> str:
+        return f"{number}/{name}" if self._is_numbered else name
+
+    def _left_out(self, beside: Sequence[Source]) -> dict[str, str]:
+        """Join what sources left out; two parts of one folder know the same entries."""
+        known = {id(source.left_out) for source in beside if isinstance(source, Choosy)}
+        return {
+            self._named(number, name): reason
+            for number, source in enumerate(self.sources)
+            if isinstance(source, Choosy) and id(source.left_out) not in known
+            for name, reason in source.left_out.items()
+        }
 
     def _place(self, index: int) -> tuple[int, int]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -75,7 +89,7 @@ class Mixed:
                     arrangement=source.arrangement if isinstance(source, Arranged) else None,
                 )
                 for source, weight, start, stop in zip(
-                    self._sources, weights, starts, starts[1:], strict=False
+                    self.sources, weights, starts, starts[1:], strict=False
                 )
             )
         )
@@ -96,13 +110,13 @@ def mixed(sources: Sequence[Source], weights: Sequence[float | None]) -> Mixed:
     return Mixed(sources, classes=classes, weights=given if len(given) == len(sources) else None)
 
 
-def one_behind_the_other(sources: Sequence[Source], classes: tuple[str, ...]) -> Mixed:
+def one_behind_the_other(sources: Sequence[Source], training: Mixed) -> Mixed:
     """Join held-out images, with the classes of the training images.
 
     Raises:
         DataError: a class is not among the training images.
     """
-    return Mixed(sources, classes=classes, weights=None)
+    return Mixed(sources, classes=training.classes, weights=None, beside=training.sources)
 
 
 def _relabelled(source: Source, classes: tuple[str, ...]) -> Integers:

@@ -2,15 +2,15 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Final, Literal, Protocol, runtime_checkable
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigsimclr.data import Sample, Source, Splits
+from bigsimclr.data import Choosy, Sample, Source, Splits
 from bigsimclr.data.alike import find_twins, perceptual_hash
 from bigsimclr.data.decode import UnreadableImageError, decode, read_header
 from bigsimclr.data.names import printable
@@ -34,13 +34,6 @@ _SUFFIXES: Final = {
     "TIFF": {".tif", ".tiff"},
     "GIF": {".gif"},
 }
-
-
-@runtime_checkable
-class Choosy(Source, Protocol):
-    """A source that found entries which only have the name of an image."""
-
-    left_out: Mapping[str, str]  # name -> reason
 
 
 @dataclass(frozen=True)

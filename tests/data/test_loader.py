@@ -463,33 +463,3 @@ def _alive(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-@pytest.mark.slow
-def test_killed_workers_end_the_stream_with_their_name_or_change_nothing(
-    pictures: NDArray[np.uint8],
-) -> None:
-    import multiprocessing
-
-    source = Single(pictures)
-    expected = [view_hash(batch) for batch in loader(source).batches(0, 12)]
-    random_moment = random.Random(0)
-    named = 0
-    for _ in range(5):
-        killed_at = random_moment.randrange(12)
-        found = []
-        stream = loader(source, workers=2).batches(0, 12)
-        try:
-            for number, batch in enumerate(stream):
-                found.append(view_hash(batch))
-                if number == killed_at:
-                    child = random_moment.choice(multiprocessing.active_children())
-                    os.kill(child.pid, signal.SIGKILL)
-        except DataError as error:
-            assert "a process that reads images died" in str(error)  # noqa: PT017 - may not come
-            named += 1
-        else:
-            assert len(found) == 12
-        stream.close()
-        assert found == expected[: len(found)]
-    assert named > 0

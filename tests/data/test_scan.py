@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,11 @@ from typer.testing import CliRunner
 from bigsimclr.cli import app
 from bigsimclr.data import Sample, Splits, build_data
 from bigsimclr.data.arrays import ArraySource
-from bigsimclr.data.folder import found_folder
+from bigsimclr.data.folder import found_folder, training_folder
+from bigsimclr.data.manifest import write_manifest
+from bigsimclr.data.pack import pack
 from bigsimclr.data.scan import Broken, Copy, scan
-from bigsimclr.recipe.sources import FolderData
+from bigsimclr.recipe.sources import FolderData, MixData, ShardsData
 from tests.data.test_alike import photograph
 
 LIMIT = 1_000_000
@@ -202,6 +206,85 @@ def test_recipes_and_their_keys_are_taken(photos: Path) -> None:
     code, _, told = invoke(str(photos), "data.labelled=false")
     assert code == 2
     assert "is no recipe and has no keys to change" in told
+
+
+@pytest.fixture
+def odd(photos: Path) -> Path:
+    """Training photographs with a broken one, a copy, and a link to nothing."""
+    (photos / "train/cat/broken.png").write_bytes(b"")
+    (photos / "train/cat/link.png").symlink_to(photos / "nothing")
+    return photos / "train"
+
+
+LINK = Broken("train", "cat/link.png", "a link to nothing")
+
+
+def test_shards_hold_what_their_folder_held(odd: Path, tmp_path: Path) -> None:
+    pack(training_folder(odd, ".", labelled=True), tmp_path / "pack", shard_bytes=5_000)
+    files = scan(found_folder(odd), max_pixels=LIMIT)
+    assert files.broken == (LINK, Broken("train", "cat/broken.png", "empty file"))
+    section = ShardsData(kind="shards", root=tmp_path / "pack")
+    for workers in (0, 2):
+        packed = scan(build_data(section), max_pixels=LIMIT, workers=workers)
+        assert packed == replace(files, broken=files.broken[1:])
+    code, text, told = invoke(str(tmp_path / "pack"))
+    assert code == 3
+    assert "cat/broken.png: empty file" in text
+    assert told == "bigsimclr: error: 1 broken image\n"
+
+
+def test_a_damaged_shard_ends_the_scan_by_its_name(odd: Path, tmp_path: Path) -> None:
+    pack(training_folder(odd, ".", labelled=True), tmp_path / "pack", shard_bytes=5_000)
+    shard = min((tmp_path / "pack").glob("*.tar"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    code, _, told = invoke(str(tmp_path / "pack"))
+    assert code == 3
+    assert shard.name in told
+    assert "Traceback" not in told
+
+
+def test_a_manifest_keeps_what_was_left_out(odd: Path, tmp_path: Path) -> None:
+    write_manifest(odd.parent, tmp_path / "list.json")
+    keys = {"kind": "folder", "root": odd.parent, "train": "train", "held_out": "val"}
+    walked = scan(build_data(FolderData.model_validate(keys)), max_pixels=LIMIT)
+    keys["manifest"] = tmp_path / "list.json"
+    assert scan(build_data(FolderData.model_validate(keys)), max_pixels=LIMIT) == walked
+    assert walked.broken[0] == LINK
+
+
+def test_mixtures_are_scanned_as_one(odd: Path, tmp_path: Path) -> None:
+    pack(training_folder(odd, ".", labelled=True), tmp_path / "pack")
+    parts = (
+        {"kind": "folder", "root": odd, "held_out_fraction": 0.4},
+        {"kind": "shards", "root": tmp_path / "pack"},
+    )
+    sources = tuple({"data": part} for part in parts)
+    splits = build_data(MixData.model_validate({"kind": "mix", "sources": sources}))
+    assert splits.held_out is not None
+    found = scan(splits, max_pixels=LIMIT)
+    assert found.train.images + len(splits.held_out) == 18
+    # Named by their source's number, since both sources have these names; the link once.
+    reasons = Counter((item.name, item.reason) for item in found.broken)
+    assert reasons[("0/cat/link.png", "a link to nothing")] == 1
+    assert sum(name.endswith("broken.png") for name, _ in reasons.elements()) == 2
+    # All that the folder holds out is among the shards.
+    readable = [splits.held_out.name(row) for row in range(len(splits.held_out))]
+    assert {leak.name for leak in found.leaks} == {
+        name for name in readable if not name.endswith("broken.png")
+    }
+
+
+def test_parquet_files_are_scanned_by_name(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    contents = [saved(tmp_path / f"{number}.png", number) for number in (0, 1, 0)]
+    parquet.write_table(
+        arrow.table({"image": [{"bytes": content, "path": None} for content in contents]}),
+        tmp_path / "some.parquet",
+    )
+    code, text, _ = invoke(str(tmp_path / "some.parquet"))
+    assert code == 0
+    assert "1 training images with the bytes of an earlier one" in text
 
 
 def test_empty_classes_and_classes_of_one_part_are_named(photos: Path) -> None:
