@@ -35,7 +35,9 @@ _MMAP_THRESHOLD: Final = -3  # M_MMAP_THRESHOLD
 _KEPT_BYTES: Final = 256 << 20
 _TRIES: Final = 3  # deaths at one piece of work before it is given up
 _MOST_DEATHS: Final = 10  # in a row, without one piece of work done
-
+# A worker that another thread starts meanwhile would inherit the far end of the pipe, and hold it
+# open when the worker whose it is has died.
+_STARTING: Final = threading.Lock()
 
 T = TypeVar("T")
 
@@ -139,14 +141,15 @@ class _Team(Generic[T]):
             worker.connection.send(number)
 
     def _started(self) -> _Worker:
-        here, there = multiprocessing.Pipe()
-        # A fork shares the source's memory with all workers and starts in milliseconds.
-        process = multiprocessing.get_context("fork").Process(
-            target=_serve, args=(self._reader, here, there), daemon=True
-        )
-        process.start()
-        # With the only other end in the worker, its death ends the connection.
-        there.close()
+        with _STARTING:
+            here, there = multiprocessing.Pipe()
+            # A fork shares the source's memory with all workers and starts in milliseconds.
+            process = multiprocessing.get_context("fork").Process(
+                target=_serve, args=(self._reader, here, there), daemon=True
+            )
+            process.start()
+            # With the only other end in the worker, its death ends the connection.
+            there.close()
         return _Worker(process, here)
 
     def _replace(self, worker: _Worker) -> None:
