@@ -20,7 +20,7 @@ CIFAR10 ?= data/cifar10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo check lint test fix storm storm-ranks storm-slurm scaling bench docs gpu-check gpu-cifar clean
+.PHONY: help setup demo check lint test fix storm storm-ranks storm-slurm storm-pack scaling bench docs gpu-check gpu-cifar clean
 
 help: ## Print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ storm-ranks: setup ## The long tests of several ranks; then kill and freeze sing
 storm-slurm: setup ## A real Slurm on this machine: preempt, requeue, cancel jobs, lose nodes; compare weights
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" tests/launch/test_slurm.py tests/launch/test_slurm_names.py
 	@$(BIN)/python -m benchmarks.storm_slurm --events 42 --clusters 2 --steps 1000 -o benchmarks/results/storm_slurm.json
+
+storm-pack: setup ## Pack 60,000 images of CIFAR-10 while being killed ten times; nothing is lost or doubled
+	@$(BIN)/python -m pytest -q -m "slow or long" tests/data/test_pack.py
 
 scaling: setup ## Throughput on 1, 2, ... ranks of this machine; a model of many GPUs beside it
 	@$(BIN)/python -m benchmarks.scaling -o benchmarks/results/scaling.json

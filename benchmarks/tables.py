@@ -286,6 +286,34 @@ def _select_times(result: Result) -> Times:
     return found
 
 
+# --- loader ----------------------------------------------------------------------------------
+
+_LOADER = {
+    "decoder": "decoder",
+    "source": "source",
+    "workers": "workers",
+    "images/s": "images_per_second",
+    "spread": "spread",
+    "CPU ms per image": "cpu_milliseconds_per_image",
+    "over torch + PIL": "over_torch_and_pil",
+    "CPU over theirs": "cpu_of_torch_and_pil",
+}
+_LOADER_TRAINING = {
+    "network": "network",
+    "images": "images",
+    "step s, one batch again": "seconds_without",
+    "step s, with loader": "seconds_with",
+    "speed with over without": "speed_with_over_without",
+    "least": "least",
+    "share waited": "waited",
+}
+
+
+def _loader(result: Result) -> list[Table]:
+    training = "Training with one worker, and with one batch again and again"
+    return [("", result["results"], _LOADER), (training, [result["training"]], _LOADER_TRAINING)]
+
+
 # --- digits ----------------------------------------------------------------------------------
 
 _DIGITS = {
@@ -375,6 +403,15 @@ BENCHMARKS = (
         _select_times,
         ("fused",),
         ("eager", "compiled"),
+    ),
+    Benchmark(
+        "loader",
+        "Reading photographs: two crops of 224 pixels of each",
+        "torch + PIL is a DataLoader with the usual transforms, written from torchvision's "
+        "definition; pillow, turbo and dali are ours, dali here on the CPU. The ratio of images/s "
+        "is the median of the rounds', a row over torch + PIL with as many workers; CPU is of all "
+        "processes.",
+        _loader,
     ),
     Benchmark(
         "digits",

@@ -29,6 +29,7 @@ from bigsimclr.world import World, join_world, use_device
 EXTRAS: Final = {
     "parquet": ("pyarrow",),
     "tensorboard": ("tensorboard",),
+    "remote": ("fsspec",),
     "webdataset": ("webdataset",),
     "slurm": ("submitit",),
     "deepspeed": ("deepspeed",),

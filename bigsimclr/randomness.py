@@ -36,6 +36,10 @@ class Stream(IntEnum):
     SPLIT = 4
     WEIGHTS = 5
     SUBSTITUTE = 6
+    SHARDS = 16
+    WINDOWS = 17
+    MIXTURE = 18
+    PACK = 19
 
 
 def philox(seed: int, stream: int, counters: Words) -> Words:
@@ -85,7 +89,14 @@ def below(bits: Words, limit: int | Integers) -> Integers:
     return (product >> _SHIFT).astype(np.int64)
 
 
-def permuted(seed: int, epoch: int | Integers, positions: Integers, n: int) -> Integers:
+def permuted(
+    seed: int,
+    epoch: int | Integers,
+    positions: Integers,
+    n: int,
+    *,
+    stream: int = Stream.ORDER,
+) -> Integers:
     """Map positions of one epoch to items, by a random permutation with random access.
 
     Args:
@@ -93,6 +104,7 @@ def permuted(seed: int, epoch: int | Integers, positions: Integers, n: int) -> I
         epoch: Number of the epoch, or one per position (int64 [...]).
         positions: int64 [...], 0 <= position < n.
         n: Number of items, at most 2^32.
+        stream: What the permutation is for.
 
     Returns:
         int64 [...], item of every position; within an epoch each item appears exactly once.
@@ -101,7 +113,7 @@ def permuted(seed: int, epoch: int | Integers, positions: Integers, n: int) -> I
         ValueError: A position lies outside range(n), or n is not in 1..2^32.
     """
     epochs = np.asarray(epoch, np.int64)
-    return _permuted(seed, Stream.ORDER, epoch=epochs, positions=positions, n=n)
+    return _permuted(seed, stream, epoch=epochs, positions=positions, n=n)
 
 
 def shuffled(seed: int, stream: int, n: int) -> Integers:

@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bigsimclr.errors import StorageError
@@ -60,6 +60,12 @@ def publish(path: Path, text: str, *, overwrite: bool = True) -> Path:
     with whole_file(path, overwrite=overwrite) as beside:
         beside.write_text(text, encoding="utf-8", errors="replace", newline="\n")
     return path
+
+
+def flush_folder(path: Path) -> None:
+    """See that the names of a folder are on the disk, where its file system can say so."""
+    with suppress(OSError):
+        _flush(path)
 
 
 def _flush(path: Path) -> None:

@@ -367,3 +367,33 @@ def test_interrupt_while_the_command_is_loaded(module: str, tmp_path: Path) -> N
             check=False,
         )
         assert (ended.returncode, ended.stderr) == (130, "bigsimclr: interrupted\n")
+
+
+def test_data_pack_and_index_lay_images_out(tmp_path: Path) -> None:
+    for number in range(6):
+        path = tmp_path / f"set/{number % 2}/{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\xff\xd8\xff" * number)
+    words = ["data", "pack", str(tmp_path / "set"), "--out", str(tmp_path / "pack")]
+    result = _invoke(*words)
+    assert result.exit_code == 0, result.stderr
+    sizes = sum(path.stat().st_size for path in (tmp_path / "pack").glob("*.tar"))
+    assert result.stdout == f"{tmp_path / 'pack'}: 6 images in 1 shard, {sizes:,} bytes, verified\n"
+    again = _invoke(*words, "--in-order")
+    assert again.exit_code == 7
+    assert "holds a pack cut otherwise" in again.stderr
+    manifest = tmp_path / "list.json"
+    listed = _invoke("data", "index", str(tmp_path / "set"), "-o", str(manifest))
+    assert listed.stdout == f"{manifest}: 6 images, 45 bytes\n"
+    for data in (
+        f"{{kind: shards, root: {tmp_path / 'pack'}}}",
+        f"{{kind: folder, root: {tmp_path / 'set'}, manifest: {manifest}}}",
+    ):
+        checked = _invoke("check", _recipe(tmp_path), f"data={data}", "batch.global_batch=2")
+        assert checked.exit_code == 0, checked.stderr
+        assert re.search(r"^data +6 training images", checked.stdout, re.MULTILINE), checked.stdout
+    missing = _invoke("data", "pack", str(tmp_path / "none"), "-o", str(tmp_path / "x"))
+    assert missing.exit_code == 3
+    assert missing.stderr.startswith(f"bigsimclr: error: {tmp_path / 'none'} does not exist")
+    none = _invoke("data", "index", str(tmp_path / "none"), "-o", str(tmp_path / "x"))
+    assert none.exit_code == 3

@@ -62,44 +62,6 @@ def taps(
     return first, kept
 
 
-def crop_resize_one(
-    image: npt.NDArray[np.uint8],
-    box: npt.NDArray[np.int32],
-    size: tuple[int, int],
-    resize: Resize,
-) -> npt.NDArray[np.float32]:
-    """Crop one image and resize the crop.
-
-    Args:
-        image: uint8 [h,w,3].
-        box: int32 [4], crop as (y, x, height, width) in pixels.
-        size: Height and width of the output in pixels.
-        resize: Which kernel.
-
-    Returns:
-        float32 [3,H,W], nominally in [0, 1] but not clipped: the kernel overshoots at edges.
-    """
-    y, x, height, width = (int(side) for side in box)
-    crop = image[y : y + height, x : x + width]
-    rows = _resample(crop, size[0], resize)
-    rows *= np.float32(1 / 255)
-    columns = _resample(np.ascontiguousarray(rows.transpose(1, 0, 2)), size[1], resize)
-    return np.ascontiguousarray(columns.transpose(2, 1, 0))
-
-
-def _resample(
-    pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32], size: int, resize: Resize
-) -> npt.NDArray[np.float32]:
-    # [length, ...] -> float32 [size, ...] along the first axis, whose rows are contiguous.
-    length = len(pixels)
-    first, weight = taps(np.array([length], np.int64), size, resize)
-    index = np.clip(first[0, :, None] + np.arange(4), 0, length - 1)
-    total: npt.NDArray[np.float32] = pixels[index[:, 0]] * weight[0, :, 0, None, None]
-    for tap in range(1, 4):
-        total += pixels[index[:, tap]] * weight[0, :, tap, None, None]
-    return total
-
-
 @lru_cache
 def _kernel(a: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     # float32 [1025] each: the cubic kernel at distances 0..1 and 1..2.

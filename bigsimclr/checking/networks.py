@@ -17,13 +17,8 @@ from bigsimclr.recipe.schema import (
     PretrainRecipe,
     SupervisedRecipe,
 )
-from bigsimclr.recipe.sections import (
-    DataSection,
-    DigitsData,
-    FolderData,
-    HeadSection,
-    ResNetBackbone,
-)
+from bigsimclr.recipe.sections import HeadSection, ResNetBackbone
+from bigsimclr.recipe.sources import DataSection, DigitsData, FolderData
 
 _HEADER_LIMIT = 1 << 24  # bytes; that of the largest network's file has less than 1 MB
 

@@ -5,7 +5,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from bigsimclr.cli import cluster, doctor, networks, reading, running
+from bigsimclr.cli import cluster, doctor, inspecting, networks, packing, reading, running
 from bigsimclr.cli.command import Command
 
 _EXIT_CODES = (
@@ -50,6 +50,11 @@ recipes_app.command("ls", cls=Command)(reading.recipes_ls)
 recipes_app.command("cat", cls=Command)(reading.recipes_cat)
 recipes_app.command("cp", cls=Command)(reading.recipes_cp)
 data_app.command("split", cls=Command)(reading.data_split)
+data_app.command("pack", cls=Command)(packing.data_pack)
+data_app.command("index", cls=Command)(packing.data_index)
+data_app.command("scan", cls=Command)(inspecting.data_scan)
+data_app.command("stats", cls=Command)(inspecting.data_stats)
+data_app.command("preview", cls=Command)(inspecting.data_preview)
 
 
 def main() -> NoReturn:

@@ -6,13 +6,24 @@ Importing this package never imports torch, so that `bigsimclr check` can count 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self, assert_never, runtime_checkable
 
-from bigsimclr.recipe.sections import ArraysData, DataSection, DigitsData, FolderData, ParquetData
+from bigsimclr.recipe.sources import (
+    ArraysData,
+    DataSection,
+    DigitsData,
+    FolderData,
+    MixData,
+    ParquetData,
+    ShardsData,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
 __all__ = [
+    "Choosy",
     "EqualImages",
     "Sample",
     "Source",
@@ -61,6 +72,13 @@ class EqualImages(Source, Protocol):
         ...
 
 
+@runtime_checkable
+class Choosy(Source, Protocol):
+    """A source that found entries which only have the name of an image."""
+
+    left_out: "Mapping[str, str]"  # name -> reason
+
+
 class _Divisible(Source, Protocol):
     def take(self, rows: "NDArray[np.int64]") -> Self:
         """Return a source of `rows` alone; names stay."""
@@ -83,37 +101,27 @@ def build_data(section: DataSection) -> Splits:
         DataError: there are no images, or they do not fit the section.
         MissingExtraError: parquet files, and pyarrow is not installed.
     """
-    from bigsimclr.data.places import expanded
-
     match section:
         case DigitsData():
             from bigsimclr.data.arrays import digits
 
-            return _split(digits(), section)
+            splits = _split(digits(), section)
         case ArraysData():
             from bigsimclr.data.arrays import load_arrays
+            from bigsimclr.data.places import expanded
 
-            return _split(load_arrays(expanded(section.root, "data.root")), section)
+            splits = _split(load_arrays(expanded(section.root, "data.root")), section)
         case FolderData():
-            from bigsimclr.data.folder import held_out_folder, training_folder
-
-            root = expanded(section.root, "data.root")
-            images = training_folder(root, section.train, labelled=section.labelled)
-            if section.held_out is None:
-                return _split(images, section)
-            return Splits(images, held_out_folder(images, root, section.held_out), "data.held_out")
+            splits = _folder(section)
         case ParquetData():
-            from bigsimclr.data.parquet import open_parquet, refuse_overlap
-
-            root = expanded(section.root, "data.root")
-            rows = open_parquet(root, section.train)
-            if section.held_out is None:
-                return _split(rows, section)
-            refuse_overlap(root, section.train, section.held_out)
-            apart = open_parquet(root, section.held_out, classes=rows.classes, key="data.held_out")
-            return Splits(rows, apart, "data.held_out")
+            splits = _parquet(section)
+        case ShardsData():
+            splits = _shards(section)
+        case MixData():
+            splits = _mixture(section)
         case _:
             assert_never(section)
+    return splits
 
 
 def count_examples(section: DataSection) -> tuple[int, int]:
@@ -124,42 +132,121 @@ def count_examples(section: DataSection) -> tuple[int, int]:
         MissingExtraError: parquet files, and pyarrow is not installed.
     """
     from bigsimclr.data.places import expanded
-    from bigsimclr.data.subsets import held_out_count
 
-    apart = None
+    if isinstance(section, MixData):
+        counts = [count_examples(source.data) for source in section.sources]
+        return sum(train for train, _ in counts), sum(apart for _, apart in counts)
     match section:
         case DigitsData():
             from bigsimclr.data.arrays import DIGITS
 
-            images = DIGITS
+            images, apart = DIGITS, None
         case ArraysData():
             from bigsimclr.data.arrays import count_arrays
 
-            images = count_arrays(expanded(section.root, "data.root"))
-        case FolderData():
-            from bigsimclr.data.folder import count_folder
-
-            root = expanded(section.root, "data.root")
-            images = count_folder(root, section.train, labelled=section.labelled)
+            images, apart = count_arrays(expanded(section.root, "data.root")), None
+        case FolderData() | ParquetData() | ShardsData():
+            images = _count_files(section, section.train)
+            apart = None
             if section.held_out is not None:
-                apart = count_folder(root, section.held_out, labelled=False, key="data.held_out")
-        case ParquetData():
-            from bigsimclr.data.parquet import count_parquet
-
-            root = expanded(section.root, "data.root")
-            images = count_parquet(root, section.train)
-            if section.held_out is not None:
-                apart = count_parquet(root, section.held_out, key="data.held_out")
+                apart = _count_files(section, section.held_out, key="data.held_out")
         case _:
             assert_never(section)
     if apart is None:
+        from bigsimclr.data.subsets import held_out_count
+
         apart = held_out_count(images, section.held_out_fraction)
         return images - apart, apart
     return images, apart
 
 
+def _folder(section: FolderData) -> Splits:
+    from bigsimclr.data.folder import held_out_folder, training_folder
+    from bigsimclr.data.places import expanded
+
+    root = expanded(section.root, "data.root")
+    manifest = section.manifest and expanded(section.manifest, "data.manifest")
+    images = training_folder(root, section.train, labelled=section.labelled, manifest=manifest)
+    if section.held_out is None:
+        return _split(images, section)
+    apart = held_out_folder(images, root, section.held_out, manifest=manifest)
+    return Splits(images, apart, "data.held_out")
+
+
+def _parquet(section: ParquetData) -> Splits:
+    from bigsimclr.data.parquet import FILES, open_parquet
+    from bigsimclr.data.places import expanded, matching_files, refuse_overlap
+
+    root = expanded(section.root, "data.root")
+    rows = open_parquet(root, section.train)
+    if section.held_out is None:
+        return _split(rows, section)
+    refuse_overlap(
+        matching_files(root, section.train, key="data.train", what=FILES),
+        matching_files(root, section.held_out, key="data.held_out", what=FILES),
+        pattern=section.train,
+    )
+    apart = open_parquet(root, section.held_out, classes=rows.classes, key="data.held_out")
+    return Splits(rows, apart, "data.held_out")
+
+
+def _shards(section: ShardsData) -> Splits:
+    from bigsimclr.data.places import expanded, refuse_overlap
+    from bigsimclr.data.shards import open_shards
+
+    root = expanded(section.root, "data.root")
+    window = section.window if section.order == "runs" else None
+    images = open_shards(root, section.train, window=window, remote=section.remote)
+    if section.held_out is None:
+        return _split(images, section)
+    apart = open_shards(
+        root,
+        section.held_out,
+        classes=images.classes,
+        key="data.held_out",
+        remote=section.remote,
+    )
+    refuse_overlap(images.paths, apart.paths, pattern=section.train)
+    return Splits(images, apart, "data.held_out")
+
+
+def _mixture(section: MixData) -> Splits:
+    from bigsimclr.data.mixture import mixed, one_behind_the_other
+
+    found = [build_data(source.data) for source in section.sources]
+    train = mixed([splits.train for splits in found], [source.weight for source in section.sources])
+    apart = [splits.held_out for splits in found if splits.held_out is not None]
+    held_out = one_behind_the_other(apart, train) if apart else None
+    return Splits(train, held_out, "data.sources")
+
+
+def _count_files(
+    section: FolderData | ParquetData | ShardsData, part: str, key: str = "data.train"
+) -> int:
+    from bigsimclr.data.places import expanded
+
+    root = expanded(section.root, "data.root")
+    match section:
+        case FolderData():
+            from bigsimclr.data.folder import count_folder
+
+            labelled = section.labelled and key == "data.train"
+            manifest = section.manifest and expanded(section.manifest, "data.manifest")
+            return count_folder(root, part, labelled=labelled, key=key, manifest=manifest)
+        case ParquetData():
+            from bigsimclr.data.parquet import count_parquet
+
+            return count_parquet(root, part, key=key)
+        case ShardsData():
+            from bigsimclr.data.shards import count_shards
+
+            return count_shards(root, part, key=key, remote=section.remote)
+        case _:
+            assert_never(section)
+
+
 def _split(
-    source: _Divisible, section: DigitsData | ArraysData | FolderData | ParquetData
+    source: _Divisible, section: DigitsData | ArraysData | FolderData | ParquetData | ShardsData
 ) -> Splits:
     from bigsimclr.data.subsets import split_held_out
 

@@ -1,6 +1,9 @@
 """Read, decode and crop a chunk of images; this is what worker processes do."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,30 +14,33 @@ from typing_extensions import override
 
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.draws import Draws, centre_draws, draw_views
-from bigsimclr.augment.resize import crop_resize_one
+from bigsimclr.augment.host import crop_resize_one
 from bigsimclr.data import Source
-from bigsimclr.data.decode import UnreadableImageError, decode
+from bigsimclr.data.decode import Jpeg, UnreadableImageError, decode, decode_unless_plain
 from bigsimclr.data.names import printable
-from bigsimclr.data.order import Cut, Order
+from bigsimclr.data.order import AnyOrder, Cut
+from bigsimclr.data.slots import Slots
 from bigsimclr.errors import BigSimCLRError
 
 Integers = NDArray[np.int64]
+T = TypeVar("T")
 
 _MOST_SUBSTITUTES = 100  # tries before an image is given up; each try is another image
 _DECODED_PIXELS = 1 << 24  # decoded pixels held at once while a chunk is read (48 MiB)
-_NO_SIZES = np.empty((0, 2), np.int32)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some images of a batch, on their way from a worker to the training process."""
+    """What is known of some images of a batch whose crops were written where they were wanted."""
 
-    pixels: Tensor  # float32 [V, b, 3, H, W], cropped
     draws: Draws
     labels: Integers  # [b]
     indices: Integers  # [b] images shown, by their index in the source
     unreadable: dict[str, str] = field(default_factory=dict)  # name -> reason
     failure: str = ""  # why nothing could be read; then the chunk is empty
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 @dataclass(frozen=True)
@@ -42,84 +48,123 @@ class Reading:
     """How images are read and cropped, in training and in evaluation."""
 
     source: Source
-    order: Order | None  # None: positions count through `indices` and nothing is random
+    order: AnyOrder | None  # None: positions count through `indices` and nothing is random
     indices: Integers  # [M]
     labels: Integers  # [N] by index in the source
     settings: ViewSettings
     views: int
     max_pixels: int
+    turbo: bool = False  # whether libjpeg-turbo itself decodes plain JPEGs
 
 
 class ChunkReader(Dataset[Chunk]):
-    """Chunks by number; holds nothing that a worker process changes."""
+    """Chunks by number; holds nothing that a worker process changes but its slots.
 
-    def __init__(self, reading: Reading, cut: Cut, count: int) -> None:
+    Args:
+        reading: how images are read.
+        cut: which images a chunk shows.
+        count: chunks there are.
+        slots: where worker processes write crops.
+    """
+
+    def __init__(self, reading: Reading, cut: Cut, count: int, slots: Slots | None) -> None:
         self.reading = reading
         self.cut = cut
         self.count = count
+        self.slots = slots
 
     def __len__(self) -> int:
         return self.count
 
     @override
     def __getitem__(self, number: int) -> Chunk:
+        """Read chunk `number` into its slot."""
+        if self.slots is None:
+            raise AssertionError("only worker processes ask for items, and they have slots")
+        return self.read(number, self.slots.of(number))
+
+    @torch.inference_mode()
+    def read(self, number: int, out: Tensor) -> Chunk:
         """Read chunk `number`; errors meant for the user come back as text, not as exceptions.
 
         An exception that crosses a process border arrives with the worker's traceback in front.
+
+        Args:
+            number: counted from the first step's first chunk.
+            out: float32 [V, n, 3, H, W] with n at least the chunk's images; the first of them are
+                filled.
         """
         try:
-            return _read_chunk(self.reading, self.cut.piece(number))
+            return _read_chunk(self.reading, self.cut.piece(number), out)
         except BigSimCLRError as error:
-            return _assembled(self.reading, [], [], {}, failure=str(error))
+            return nothing(self.reading, str(error))
 
 
-def image_at(source: Source, index: int, *, max_pixels: int) -> NDArray[np.uint8]:
+def nothing(reading: Reading, failure: str) -> Chunk:
+    """Describe a chunk of which nothing could be read."""
+    return described(reading, [], draws_for(reading, [], []), {}, failure=failure)
+
+
+def image_at(
+    source: Source, index: int, *, max_pixels: int, turbo: bool = False
+) -> NDArray[np.uint8]:
     """Read and decode one image to uint8 [h, w, 3].
 
     Raises:
         UnreadableImageError: it cannot be read or decoded.
     """
+    content = _content(source, index)
+    if turbo:
+        from bigsimclr.data.turbo import decode_plain
+
+        found = decode_unless_plain(content, max_pixels=max_pixels)
+        pixels = decode_plain(found) if isinstance(found, Jpeg) else found
+        if pixels is not None:
+            return pixels
+    return decode(content, max_pixels=max_pixels)
+
+
+def image_or_jpeg_at(source: Source, index: int, *, max_pixels: int) -> NDArray[np.uint8] | Jpeg:
+    """Read one image, and decode it unless it is a plain JPEG.
+
+    Raises:
+        UnreadableImageError: it cannot be read or decoded.
+    """
+    return decode_unless_plain(_content(source, index), max_pixels=max_pixels)
+
+
+def _content(source: Source, index: int) -> bytes | NDArray[np.uint8]:
     try:
-        sample = source.read(index)
+        return source.read(index).image
     except UnreadableImageError:
         raise
     except (OSError, BigSimCLRError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UnreadableImageError(printable(text)) from error
-    return decode(sample.image, max_pixels=max_pixels)
 
 
-def _read_chunk(reading: Reading, positions: Integers) -> Chunk:
+def wanted(reading: Reading, positions: Integers) -> list[tuple[int, int]]:
+    """Return epoch and index of the images that belong to some positions."""
     if reading.order is None:
-        epochs, wanted = np.zeros_like(positions), reading.indices[positions]
+        epochs, indices = np.zeros_like(positions), reading.indices[positions]
     else:
-        epochs, wanted = reading.order.at(positions)
-    shown: list[int] = []
-    crops: list[_Crops] = []
-    unreadable: dict[str, str] = {}
-    group = _Group()
-    for epoch, index in zip(epochs.tolist(), wanted.tolist(), strict=True):
-        found = _readable(reading, epoch, index, unreadable)
-        if found is None:
-            continue
-        shown.append(found[0])
-        group.add(epoch, index, found[1])
-        if group.pixels > _DECODED_PIXELS:
-            crops.append(_cropped(reading, group))
-            group = _Group()
-    if group.images:
-        crops.append(_cropped(reading, group))
-    return _assembled(reading, shown, crops, unreadable)
+        epochs, indices = reading.order.at(positions)
+    return list(zip(epochs.tolist(), indices.tolist(), strict=True))
 
 
-def _readable(
-    reading: Reading, epoch: int, index: int, unreadable: dict[str, str]
-) -> tuple[int, NDArray[np.uint8]] | None:
+def readable(
+    reading: Reading,
+    read: Callable[[int], T],
+    *,
+    epoch: int,
+    index: int,
+    unreadable: dict[str, str],  # name -> reason; what cannot be read is added
+) -> tuple[int, T] | None:
     """Return image `index` or, in training, the first substitute that can be read."""
     shown = index
     for attempt in range(_MOST_SUBSTITUTES):
         try:
-            return shown, image_at(reading.source, shown, max_pixels=reading.max_pixels)
+            return shown, read(shown)
         except UnreadableImageError as error:
             unreadable[printable(reading.source.name(shown))] = str(error)
         if reading.order is None:
@@ -129,67 +174,94 @@ def _readable(
     return None
 
 
+def draws_for(
+    reading: Reading, asked: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]]
+) -> Draws:
+    """Draw the views of some images.
+
+    Args:
+        reading: how images are read.
+        asked: epoch and index of each image that was asked for: a substitute shows other views
+            than it does in its own place, perhaps in the same batch.
+        sizes: height and width of each image that is shown.
+    """
+    measured = np.array(sizes, np.int32).reshape(-1, 2)
+    if reading.order is None or not asked:
+        return centre_draws(reading.settings, measured)
+    epochs, indices = np.array(asked, np.int64).T
+    return draw_views(
+        reading.settings,
+        seed=reading.order.seed,
+        epochs=epochs,
+        indices=indices,
+        sizes=measured,
+        views=reading.views,
+    )
+
+
+def crop(
+    reading: Reading, image: NDArray[np.uint8], draws: Draws, row: int, *, out: Tensor
+) -> None:
+    """Cut all views [V, 3, H, W] of one image, whose draws are in one row."""
+    for view in range(draws.views):
+        crop_resize_one(image, draws.boxes[view, row], reading.settings.resize, out=out[view])
+
+
+def _read_chunk(reading: Reading, positions: Integers, out: Tensor) -> Chunk:
+    shown: list[int] = []
+    draws: list[Draws] = []
+    unreadable: dict[str, str] = {}
+    group = _Group()
+    read = partial(image_at, reading.source, max_pixels=reading.max_pixels, turbo=reading.turbo)
+
+    def finish_group() -> None:
+        own = draws_for(reading, group.asked, [image.shape[:2] for image in group.images])
+        for row, image in enumerate(group.images):
+            at = len(shown) - len(group.images) + row
+            crop(reading, image, own, row, out=out[:, at])
+        draws.append(own)
+
+    for epoch, index in wanted(reading, positions):
+        found = readable(reading, read, epoch=epoch, index=index, unreadable=unreadable)
+        if found is None:
+            continue
+        shown.append(found[0])
+        group.add((epoch, index), found[1])
+        if group.pixels > _DECODED_PIXELS:
+            finish_group()
+            group = _Group()
+    if group.images:
+        finish_group()
+    drawn = Draws.stack(draws) if draws else draws_for(reading, [], [])
+    return described(reading, shown, drawn, unreadable)
+
+
 class _Group:
-    """Decoded images that are cropped together."""
+    """Decoded images whose views are drawn together."""
 
     def __init__(self) -> None:
-        self.epochs: list[int] = []
-        self.indices: list[int] = []
+        self.asked: list[tuple[int, int]] = []
         self.images: list[NDArray[np.uint8]] = []
         self.pixels = 0
 
-    def add(self, epoch: int, index: int, image: NDArray[np.uint8]) -> None:
-        self.epochs.append(epoch)
-        self.indices.append(index)
+    def add(self, asked: tuple[int, int], image: NDArray[np.uint8]) -> None:
+        self.asked.append(asked)
         self.images.append(image)
         self.pixels += image.shape[0] * image.shape[1]
 
 
-@dataclass(frozen=True)
-class _Crops:
-    pixels: NDArray[np.float32]  # [V, b, 3, H, W]
-    draws: Draws
-
-
-def _cropped(reading: Reading, group: _Group) -> _Crops:
-    sizes = np.array([image.shape[:2] for image in group.images], np.int32)
-    if reading.order is None:
-        draws = centre_draws(reading.settings, sizes)
-    else:
-        # Keyed by the image that was asked for: a substitute shows other views than it does in
-        # its own place, perhaps in the same batch.
-        draws = draw_views(
-            reading.settings,
-            seed=reading.order.seed,
-            epochs=np.array(group.epochs, np.int64),
-            indices=np.array(group.indices, np.int64),
-            sizes=sizes,
-            views=reading.views,
-        )
-    side, count = reading.settings.image_size, len(group.images)
-    pixels = np.empty((draws.views, count, 3, side, side), np.float32)
-    for row, image in enumerate(group.images):
-        for view in range(draws.views):
-            pixels[view, row] = crop_resize_one(
-                image, draws.boxes[view, row], (side, side), reading.settings.resize
-            )
-    return _Crops(pixels=pixels, draws=draws)
-
-
-def _assembled(
+def described(
     reading: Reading,
     shown: list[int],
-    crops: list[_Crops],
+    draws: Draws,
     unreadable: dict[str, str],
     *,
     failure: str = "",
 ) -> Chunk:
-    side, indices = reading.settings.image_size, np.array(shown, np.int64)
-    none = np.empty((reading.views, 0, 3, side, side), np.float32)
-    draws = [crop.draws for crop in crops]
+    """Say what became of a chunk."""
+    indices = np.array(shown, np.int64)
     return Chunk(
-        pixels=torch.from_numpy(np.concatenate([none, *(crop.pixels for crop in crops)], axis=1)),
-        draws=Draws.stack(draws) if draws else centre_draws(reading.settings, _NO_SIZES),
+        draws=draws,
         labels=reading.labels[indices],
         indices=indices,
         unreadable=unreadable,

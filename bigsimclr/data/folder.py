@@ -1,33 +1,27 @@
 """Images in a folder: one sub-folder per class, or no labels at all."""
 
-import errno
-import logging
 import os
 import stat
-import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bigsimclr.data import Sample
+from bigsimclr.data import Sample, Splits
+from bigsimclr.data.listing import Listing, is_folder, walk_folder, warn_of_left_out
+from bigsimclr.data.manifest import listed_images
 from bigsimclr.data.names import NameTable, counted, fingerprint, printable, some
-from bigsimclr.data.places import named, require_folder
+from bigsimclr.data.places import named, patiently, require_folder
 from bigsimclr.errors import DataError
 
-logger = logging.getLogger(__name__)
+# Far beyond any image, and far below what the memory of a worker should be asked for.
+_MOST_BYTES: Final = 1 << 30
 
-SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
-)
-
-# Errors that a network file system reports in passing; the others will not go away by waiting.
-_PASSING: Final = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
-_WAITS_SECONDS: Final = (0.1, 1.0)
+# Names by which folders of training and of held-out images go; the first one there is taken.
+_TRAINING_NAMES: Final = ("train", "training")
+_HELD_OUT_NAMES: Final = ("held_out", "val", "valid", "validation", "test")
 
 
 class FolderSource:
@@ -41,8 +35,10 @@ class FolderSource:
         sizes: NDArray[np.int64],  # [N] bytes
         labels: NDArray[np.int64],  # [N], -1 where there is none
         classes: tuple[str, ...],
+        left_out: Mapping[str, str] | None = None,  # name -> reason, of what only looks like one
     ) -> None:
         self.root = root
+        self.left_out: Mapping[str, str] = {} if left_out is None else left_out
         self.labels = labels
         self.classes = classes
         self.image_size: tuple[int, int] | None = None
@@ -55,6 +51,11 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes of all files together."""
+        return int(self._sizes.sum())
+
     def name(self, index: int) -> str:
         """Return the path of image `index` below the folder."""
         return self._names[index]
@@ -64,9 +65,12 @@ class FolderSource:
 
         Raises:
             OSError: the file cannot be read.
-            DataError: it is no longer a regular file.
+            DataError: it is no longer a regular file, or no longer of the size it had.
         """
         content = read_regular(self.root / self._names[index])
+        if len(content) != self._sizes[index]:
+            before = int(self._sizes[index])
+            raise DataError(f"has {len(content):,} bytes, and had {before:,} when it was listed")
         return Sample(image=content, label=int(self.labels[index]), index=index)
 
     def take(self, rows: NDArray[np.int64]) -> Self:
@@ -77,11 +81,17 @@ class FolderSource:
             sizes=self._sizes[rows],
             labels=self.labels[rows],
             classes=self.classes,
+            left_out=self.left_out,
         )
 
 
 def training_folder(
-    root: Path, folder: str, *, labelled: bool, root_key: str = "data.root"
+    root: Path,
+    folder: str,
+    *,
+    labelled: bool,
+    root_key: str = "data.root",
+    manifest: Path | None = None,
 ) -> FolderSource:
     """Open the training images below `root`/`folder`.
 
@@ -90,17 +100,20 @@ def training_folder(
         folder: the training images' folder, relative to `root`.
         labelled: the first sub-folder names the class. Without sub-folders there are no labels.
         root_key: the recipe's key that messages name for `root`; "" when it is not a recipe's.
+        manifest: a list of the images below `root`, instead of walking through it.
 
     Raises:
         DataError: there are no images, some lie beside the class folders, or a class has none.
     """
     path, key = _place(root, folder, root_key=root_key, key="data.train")
-    found = _scan(path, key)
+    found = _listing(root, folder, path, key, manifest)
     classes = _class_names(found, path, key) if labelled else []
     return _source(path, found, tuple(classes), _labels(found.names, classes, path, key))
 
 
-def held_out_folder(training: FolderSource, root: Path, folder: str) -> FolderSource:
+def held_out_folder(
+    training: FolderSource, root: Path, folder: str, *, manifest: Path | None = None
+) -> FolderSource:
     """Open the held-out images below `root`/`folder`, with the classes of the training images.
 
     Raises:
@@ -114,19 +127,53 @@ def held_out_folder(training: FolderSource, root: Path, folder: str) -> FolderSo
             f"{key}: the held-out folder {printable(str(path))} and the training folder"
             f" {printable(str(training.root))} overlap: set data.train to a folder of its own"
         )
-    found = _scan(path, key)
+    found = _listing(root, folder, path, key, manifest)
     labels = _labels(found.names, list(training.classes), path, key)
     return _source(path, found, training.classes, labels)
 
 
-def count_folder(root: Path, folder: str, *, labelled: bool, key: str = "data.train") -> int:
+def found_folder(root: Path) -> Splits:
+    """Open all images below a folder as they lie there, to look at them; no recipe is meant.
+
+    Where it holds `train` beside `val` or `test`, these are the training and the held-out images.
+    Sub-folders are classes where no image lies beside them; classes may be empty.
+
+    Raises:
+        DataError: there are no images, or a folder cannot be read.
+    """
+    require_folder(root, "")
+    inner = {entry.name for entry in os.scandir(root) if is_folder(entry)}
+    train = next((name for name in _TRAINING_NAMES if name in inner), None)
+    held_out = next((name for name in _HELD_OUT_NAMES if name in inner), None)
+    places = [root] if train is None or held_out is None else [root / train, root / held_out]
+    found = [walk_folder(place, "") for place in places]
+    names: list[str] = []
+    if all("/" in name for part in found for name in part.names):
+        names = sorted({name for part in found for name in part.inner}, key=os.fsencode)
+    sources = [
+        _source(place, part, tuple(names), _labels(part.names, names, place, ""))
+        for place, part in zip(places, found, strict=True)
+    ]
+    if len(sources) == 1:
+        return Splits(sources[0], None)
+    return Splits(sources[0], sources[1], f"the folder {held_out}")
+
+
+def count_folder(
+    root: Path,
+    folder: str,
+    *,
+    labelled: bool,
+    key: str = "data.train",
+    manifest: Path | None = None,
+) -> int:
     """Count the images below `root`/`folder` without opening any.
 
     Raises:
         DataError: there are none; where they are labelled, also as in `training_folder`.
     """
     path, key = _place(root, folder, root_key="data.root", key=key)
-    found = _scan(path, key)
+    found = _listing(root, folder, path, key, manifest)
     if labelled:
         _class_names(found, path, key)
     return len(found.names)
@@ -137,31 +184,20 @@ def read_regular(path: Path) -> bytes:
 
     Raises:
         OSError: it cannot be read, after two more tries where the error may pass.
-        DataError: it is not a regular file.
+        DataError: it is not a regular file, or far bigger than an image.
     """
-    for wait in _WAITS_SECONDS:
-        try:
-            return _read_once(path)
-        except OSError as error:
-            if error.errno not in _PASSING:
-                raise
-            time.sleep(wait)
-    return _read_once(path)
+    return patiently(lambda: _read_once(path))
 
 
 def _read_once(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise DataError("not a regular file")
+        if status.st_size > _MOST_BYTES:
+            raise DataError(f"holds {status.st_size} bytes (limit {_MOST_BYTES})")
         return file.read()
-
-
-@dataclass(frozen=True)
-class _Found:
-    names: list[str]  # sorted by their bytes, the same order under every locale
-    sizes: NDArray[np.int64]
-    folders: list[str]  # sub-folders of the first level, with or without images
 
 
 def _place(root: Path, folder: str, *, root_key: str, key: str) -> tuple[Path, str]:
@@ -171,81 +207,22 @@ def _place(root: Path, folder: str, *, root_key: str, key: str) -> tuple[Path, s
     path = root / folder
     if path == root:
         return path, root_key
-    inner = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    inner = sorted(entry.name for entry in os.scandir(root) if is_folder(entry))
     require_folder(
         path, key, missing_hint=f"{printable(str(root))} holds {some(inner)}" if inner else ""
     )
     return path, key
 
 
-def _scan(path: Path, key: str) -> _Found:
-    sizes: dict[str, int] = {}
-    others: Counter[str] = Counter()
-    irregular: list[str] = []
-    folders: list[str] = []
-    for entry, name in _walk(path, folders):
-        suffix = PurePosixPath(name).suffix.lower()
-        if suffix not in SUFFIXES:
-            others[suffix or "no suffix"] += 1
-            continue
-        try:
-            status = entry.stat()
-        except OSError:
-            irregular.append(name)
-            continue
-        if stat.S_ISREG(status.st_mode):
-            sizes[name] = status.st_size
-        else:
-            irregular.append(name)
-    if irregular:
-        logger.warning(
-            "%s: %s left out: %s",
-            printable(str(path)),
-            "1 entry has the name of an image, is not a file, and is"
-            if len(irregular) == 1
-            else f"{len(irregular)} entries have names of images, are not files, and are",
-            some(sorted(irregular)),
-        )
-    if not sizes:
-        raise DataError(named(key) + _nothing_found(path, others))
-    names = sorted(sizes, key=os.fsencode)
-    return _Found(names, np.array([sizes[name] for name in names], np.int64), folders)
+def _listing(root: Path, folder: str, path: Path, key: str, manifest: Path | None) -> Listing:
+    if manifest is None:
+        found = walk_folder(path, key)
+        warn_of_left_out(found, path)
+        return found
+    return listed_images(manifest, root, folder, key="data.manifest")
 
 
-def _walk(root: Path, folders: list[str]) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """Yield all files below a folder with their relative path; each folder is visited once.
-
-    The sub-folders of the first level are added to `folders`.
-    """
-    status = root.stat()
-    visited = {(status.st_dev, status.st_ino)}
-    waiting = [("", str(root))]
-    while waiting:
-        prefix, folder = waiting.pop()
-        try:
-            with os.scandir(folder) as listing:
-                # Folders before links to them, which are then found to be visited already.
-                entries = sorted(
-                    listing, key=lambda entry: (entry.is_symlink(), os.fsencode(entry.name))
-                )
-        except OSError as error:
-            raise DataError(f"{printable(folder)}: {error.strerror}") from error
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if not entry.is_dir():
-                yield entry, prefix + entry.name
-                continue
-            if not prefix:
-                folders.append(entry.name)
-            # A link may lead back to a folder above: its device and number give it away.
-            status = entry.stat()
-            if (status.st_dev, status.st_ino) not in visited:
-                visited.add((status.st_dev, status.st_ino))
-                waiting.append((f"{prefix}{entry.name}/", entry.path))
-
-
-def _class_names(found: _Found, path: Path, key: str) -> list[str]:
+def _class_names(found: Listing, path: Path, key: str) -> list[str]:
     """Take the first sub-folders as classes; a folder without sub-folders has none."""
     place = f"{named(key)}{printable(str(path))}"
     beside = [name for name in found.names if "/" not in name]
@@ -259,7 +236,7 @@ def _class_names(found: _Found, path: Path, key: str) -> list[str]:
             " class folder, or set data.labelled=false"
         )
     classes = {name.split("/", 1)[0] for name in found.names}
-    empty = sorted(set(found.folders) - classes, key=os.fsencode)
+    empty = sorted(set(found.inner) - classes, key=os.fsencode)
     if empty:
         raise DataError(
             f"{place}: {counted(len(empty), 'class folder')} without an image of"
@@ -285,16 +262,13 @@ def _labels(names: list[str], classes: list[str], path: Path, key: str) -> NDArr
 
 
 def _source(
-    path: Path, found: _Found, classes: tuple[str, ...], labels: NDArray[np.int64]
+    path: Path, found: Listing, classes: tuple[str, ...], labels: NDArray[np.int64]
 ) -> FolderSource:
     return FolderSource(
-        path, NameTable(found.names), sizes=found.sizes, labels=labels, classes=classes
+        path,
+        NameTable(found.names),
+        sizes=found.sizes,
+        labels=labels,
+        classes=classes,
+        left_out=found.left_out,
     )
-
-
-def _nothing_found(path: Path, others: Counter[str]) -> str:
-    text = f"{printable(str(path))} holds 0 images ({' '.join(sorted(SUFFIXES))})"
-    if not others:
-        return f"{text}; it has no other files either"
-    seen = ", ".join(f"{count} x {printable(suffix)}" for suffix, count in others.most_common(3))
-    return f"{text}; it has other files: {seen}"

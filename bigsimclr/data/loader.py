@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -21,21 +21,17 @@ from torch import Tensor
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.draws import Draws, centre_draws, draw_views
 from bigsimclr.data import EqualImages, Source
-from bigsimclr.data.chunks import Chunk, ChunkReader, Reading
+from bigsimclr.data.ahead import one_ahead
+from bigsimclr.data.chunks import Chunk, Reading
 from bigsimclr.data.names import counted
-from bigsimclr.data.order import Cut, Order
+from bigsimclr.data.order import Arranged, Cut, order_of
 from bigsimclr.data.resident import Resident
-from bigsimclr.data.workers import from_workers
+from bigsimclr.data.steps import ALONE, Means, chunk_images, read_steps
 from bigsimclr.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 Integers = NDArray[np.int64]
-
-# A chunk crosses from a worker to the training process through shared memory, which containers
-# often limit to 64 MiB, and several are on their way at a time.
-_CHUNK_IMAGES = 64
-_CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -106,8 +102,7 @@ class Loader:
         global_batch: int,  # images of one step over all ranks
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 0,  # processes that read, decode and crop; 0: this process
-        prefetch_batches: int = 2,  # batches that the workers together prepare ahead
+        means: Means = ALONE,
         unreadable_limit: float = 0.001,  # share of the M images that may be replaced
         max_pixels: int = 64_000_000,
     ) -> None:
@@ -118,16 +113,19 @@ class Loader:
         self._global_batch = global_batch
         self._low = rank * global_batch // world_size
         self._high = (rank + 1) * global_batch // world_size
-        self._workers, self._prefetch_batches = workers, prefetch_batches
+        self._means = means
         self._limit = _Limit(share=unreadable_limit, images=len(indices))
         self._reading = Reading(
             source=source,
-            order=Order(indices=indices, seed=seed),
+            order=order_of(
+                indices, seed, source.arrangement if isinstance(source, Arranged) else None
+            ),
             indices=indices,
             labels=labels,
             settings=settings,
             views=views,
             max_pixels=max_pixels,
+            turbo=means.decoder == "turbo",
         )
 
     def batches(self, first_example: int, steps: int) -> Iterator[Batch]:
@@ -136,30 +134,65 @@ class Loader:
         Raises:
             DataError: more images than the limit cannot be read, or a worker process died.
         """
+        return _brought(self._read(first_example, steps), self._means.device)
+
+    def _read(self, first_example: int, steps: int) -> Generator[Batch, None, None]:
         cut = Cut(
             first_example=first_example,
             step_examples=self._global_batch,
             low=self._low,
             high=self._high,
-            chunk=_chunk_images(self._reading),
+            chunk=chunk_images(self._reading, self._means),
         )
         if isinstance(self._source, EqualImages | Resident):
             for number in range(steps):
                 yield _gathered(self._source, self._reading, cut.step(number))
             return
-        ahead = self._prefetch_batches
-        with closing(
-            _steps(self._reading, cut, steps=steps, workers=self._workers, ahead=ahead)
-        ) as read:
-            for chunks in read:
+        with closing(read_steps(self._reading, cut, steps=steps, means=self._means)) as read:
+            for chunks, pixels in read:
                 for chunk in chunks:
                     self._limit.count(chunk, self.unreadable, self.unreadable, "replaced")
-                batch = _joined(chunks)
+                batch = _joined(chunks, pixels)
                 if batch is None or len(batch) < self._high - self._low:
                     raise DataError(
                         f"no readable image was found: {self._limit.summary(self.unreadable)}"
                     )
                 yield batch
+
+
+def _brought(
+    batches: Generator[Batch, None, None], device: torch.device
+) -> Generator[Batch, None, None]:
+    """Bring the pixels to a GPU while the batch before is used; a CPU has them already."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    with closing(one_ahead(_copied(batches, device))) as copied:
+        for batch, done in copied:
+            present = torch.cuda.current_stream(device)
+            present.wait_event(done)
+            # Its memory is of the other stream, which must not use it again too early.
+            batch.pixels.record_stream(present)
+            yield batch
+
+
+def _copied(
+    batches: Generator[Batch, None, None], device: torch.device
+) -> Generator[tuple[Batch, torch.cuda.Event], None, None]:
+    aside = torch.cuda.Stream(device)
+    with closing(batches):
+        while True:
+            # Entered anew for each batch: the next one may be another thread's.
+            with torch.cuda.device(device), torch.cuda.stream(aside):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                pixels = batch.pixels
+                if not pixels.is_cuda and not pixels.is_pinned():
+                    pixels = pixels.pin_memory()
+                batch = replace(batch, pixels=pixels.to(device, non_blocking=True))
+                done = aside.record_event()
+            yield batch, done
 
 
 def evaluation_batches(
@@ -168,8 +201,7 @@ def evaluation_batches(
     indices: Integers,  # [M] the images to show, in this order
     settings: ViewSettings,
     batch_size: int,
-    workers: int = 0,
-    prefetch_batches: int = 2,
+    means: Means = ALONE,
     unreadable_limit: float = 0.001,  # share of the M images that may be left out
     max_pixels: int = 64_000_000,
     unreadable: dict[str, str] | None = None,  # name -> reason; what is left out is added to it
@@ -183,6 +215,30 @@ def evaluation_batches(
     Raises:
         DataError: more images than the limit cannot be read, or a worker process died.
     """
+    batches = _read_once(
+        source,
+        indices=indices,
+        settings=settings,
+        batch_size=batch_size,
+        means=means,
+        unreadable_limit=unreadable_limit,
+        max_pixels=max_pixels,
+        unreadable=unreadable,
+    )
+    return _brought(batches, means.device)
+
+
+def _read_once(
+    source: Source,
+    *,
+    indices: Integers,
+    settings: ViewSettings,
+    batch_size: int,
+    means: Means,
+    unreadable_limit: float,
+    max_pixels: int,
+    unreadable: dict[str, str] | None,
+) -> Generator[Batch, None, None]:
     reading = Reading(
         source=source,
         order=None,
@@ -191,13 +247,14 @@ def evaluation_batches(
         settings=settings,
         views=1,
         max_pixels=max_pixels,
+        turbo=means.decoder == "turbo",
     )
     cut = Cut(
         first_example=0,
         step_examples=batch_size,
         low=0,
         high=batch_size,
-        chunk=_chunk_images(reading),
+        chunk=chunk_images(reading, means),
         end=len(indices),
     )
     steps = math.ceil(len(indices) / batch_size)
@@ -207,13 +264,11 @@ def evaluation_batches(
         return
     limit, found = _Limit(share=unreadable_limit, images=len(indices)), dict[str, str]()
     told = {} if unreadable is None else unreadable
-    with closing(
-        _steps(reading, cut, steps=steps, workers=workers, ahead=prefetch_batches)
-    ) as read:
-        for chunks in read:
+    with closing(read_steps(reading, cut, steps=steps, means=means)) as read:
+        for chunks, pixels in read:
             for chunk in chunks:
                 limit.count(chunk, found, told, "left out")
-            batch = _joined(chunks)
+            batch = _joined(chunks, pixels)
             if batch is not None:
                 yield batch
 
@@ -293,35 +348,13 @@ def _gathered(source: EqualImages | Resident, reading: Reading, positions: Integ
     )
 
 
-def _chunk_images(reading: Reading) -> int:
-    view_bytes = 4 * 3 * reading.settings.image_size**2 * reading.views
-    return min(_CHUNK_IMAGES, max(1, _CHUNK_BYTES // view_bytes))
-
-
-def _steps(
-    reading: Reading, cut: Cut, *, steps: int, workers: int, ahead: int
-) -> Generator[list[Chunk], None, None]:
-    """Yield the chunks of one step after the other, read here or in worker processes."""
-    per_step = cut.chunks_per_step
-    reader = ChunkReader(reading, cut, steps * per_step)
-    chunks = (
-        from_workers(reader, len(reader), workers=workers, ahead=ahead * per_step)
-        if workers
-        else map(reader.__getitem__, range(len(reader)))
+def _joined(chunks: Sequence[Chunk], pixels: Tensor) -> Batch | None:
+    shown = [chunk for chunk in chunks if len(chunk)]
+    if not shown:
+        return None
+    return Batch(
+        pixels=pixels,
+        draws=Draws.stack([chunk.draws for chunk in shown]),
+        labels=torch.from_numpy(np.concatenate([chunk.labels for chunk in shown])),
+        indices=torch.from_numpy(np.concatenate([chunk.indices for chunk in shown])),
     )
-    for _ in range(steps):
-        yield [next(chunks) for _ in range(per_step)]
-
-
-def _joined(chunks: Sequence[Chunk]) -> Batch | None:
-    pieces = [
-        Batch(
-            pixels=chunk.pixels,
-            draws=chunk.draws,
-            labels=torch.from_numpy(chunk.labels),
-            indices=torch.from_numpy(chunk.indices),
-        )
-        for chunk in chunks
-        if len(chunk.indices)
-    ]
-    return Batch.join(pieces) if pieces else None

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigsimclr.data import Sample
-from bigsimclr.data.names import NameTable, fingerprint, printable, some
-from bigsimclr.data.places import require_folder
+from bigsimclr.data.names import NameTable, fingerprint, printable
+from bigsimclr.data.places import matching_files
 from bigsimclr.errors import DataError, MissingExtraError
 
 try:
@@ -26,6 +26,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
+FILES: Final = "parquet files"
 # Up to this size the encoded images are held in memory, shared by all workers. Beyond it every
 # read decodes a whole row group, of which each worker keeps a few.
 HELD_BYTES: Final = 4 << 30
@@ -62,14 +63,14 @@ class _Files:
         self._starts = np.cumsum([0, *(group.rows for group in groups)])
         self._recent: dict[int, _Encoded] = {}
         self._held: list[_Encoded] | None = None
-        total = sum(group.bytes for group in groups)
-        if total <= held_bytes:
+        self.bytes = sum(group.bytes for group in groups)
+        if self.bytes <= held_bytes:
             self._held = [_read_group(group) for group in groups]
         else:
             logger.warning(
                 "%.1f GiB of images in parquet files are too much to keep in memory: every image"
                 " read at random decodes a whole row group. A folder of files is faster",
-                total / 2**30,
+                self.bytes / 2**30,
             )
 
     def read(self, row: int) -> bytes:
@@ -118,6 +119,11 @@ class ParquetSource:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes of the images of all files, of parts that were taken as well."""
+        return self._files.bytes
+
     def name(self, index: int) -> str:
         """Return the stored path of image `index`; its file and row where paths are not unique."""
         return self._names[index]
@@ -164,7 +170,7 @@ def open_parquet(
         DataError: no file matches, one is damaged or laid out otherwise, or a label is beyond the
             classes.
     """
-    paths = _matching(root, pattern, key)
+    paths = matching_files(root, pattern, key=key, what=FILES)
     groups = [group for path in paths for group in _row_groups(path)]
     count = sum(group.rows for group in groups)
     if not count:
@@ -185,49 +191,14 @@ def open_parquet(
     )
 
 
-def refuse_overlap(root: Path, train: str, held_out: str) -> None:
-    """Refuse patterns that both match a file.
-
-    Raises:
-        DataError: a file would be trained on and measured on.
-    """
-    both = set(_matching(root, train, "data.train")) & set(
-        _matching(root, held_out, "data.held_out")
-    )
-    if both:
-        raise DataError(
-            f"data.held_out: {min(both).name} matches data.train={train} too; held-out images "
-            "must not be trained on"
-        )
-
-
 def count_parquet(root: Path, pattern: str, *, key: str = "data.train") -> int:
     """Count the images from the files' metadata.
 
     Raises:
         DataError: no file matches, or one is damaged.
     """
-    return sum(group.rows for path in _matching(root, pattern, key) for group in _row_groups(path))
-
-
-def _matching(root: Path, pattern: str, key: str) -> list[Path]:
-    require_folder(
-        root,
-        "data.root",
-        hint=f"give its folder as data.root and its name as {key}",
-        missing_hint="give the folder of the parquet files with data.root=DIR",
-    )
-    try:
-        paths = sorted(path for path in root.glob(pattern) if path.is_file())
-    except (ValueError, NotImplementedError) as error:
-        raise DataError(f"{key}: {pattern!r} is not a pattern relative to data.root") from error
-    if not paths:
-        held = sorted(path.name for path in root.iterdir())
-        raise DataError(
-            f"{key}: {printable(str(root))} has no files {printable(pattern)}; it holds"
-            f" {some(held) if held else 'nothing'}"
-        )
-    return paths
+    paths = matching_files(root, pattern, key=key, what=FILES)
+    return sum(group.rows for path in paths for group in _row_groups(path))
 
 
 def _opened(path: Path) -> pq.ParquetFile:
@@ -315,7 +286,7 @@ def _names(root: Path, paths: list[Path]) -> NameTable:
                 stored += [None] * rows
             else:
                 column = file.read(columns=["image.path"], use_threads=False).column("image")
-                stored += [row["path"] for row in column.to_pylist()]
+                stored += [row and row["path"] for row in column.to_pylist()]
         place = path.relative_to(root).as_posix()
         numbered += [f"{place}#{row:07d}" for row in range(rows)]
     names = [name for name in stored if name]

@@ -19,6 +19,7 @@ from bigsimclr.data import EqualImages, Sample, Source
 from bigsimclr.data.chunks import image_at
 from bigsimclr.data.decode import UnreadableImageError
 from bigsimclr.data.names import printable
+from bigsimclr.data.order import Arranged
 from bigsimclr.data.workers import from_workers
 from bigsimclr.errors import DataError
 
@@ -41,6 +42,7 @@ class Resident:
         self.classes = source.classes
         self.labels = source.labels
         self.fingerprint = source.fingerprint
+        self.arrangement = source.arrangement if isinstance(source, Arranged) else None
         self.image_size: tuple[int, int] | None = (pixels.shape[1], pixels.shape[2])
 
     def __len__(self) -> int:
@@ -90,13 +92,13 @@ def make_resident(
             shape = piece.pixels.shape[1:]
             if parts and shape != parts[0].shape[1:]:
                 raise DataError(_unequal(source, len(parts) * _PIECE, shape, parts[0].shape[1:]))
-            parts.append(piece.pixels)
+            parts.append(torch.from_numpy(piece.pixels))
     return Resident(source, _placed(torch.cat(parts), device))
 
 
 @dataclass(frozen=True)
 class _Piece:
-    pixels: Tensor  # uint8 [b, H, W, 3]
+    pixels: NDArray[np.uint8]  # [b, H, W, 3]
     failure: str = ""  # why there are none
 
 
@@ -124,7 +126,7 @@ class _Decoder(Dataset[_Piece]):
             if images and image.shape != images[0].shape:
                 return _failed(_unequal(self._source, index, image.shape, images[0].shape))
             images.append(image)
-        return _Piece(torch.from_numpy(np.stack(images)))
+        return _Piece(np.stack(images))
 
 
 def _pieces(reader: _Decoder, workers: int) -> Generator[_Piece, None, None]:
@@ -135,7 +137,7 @@ def _pieces(reader: _Decoder, workers: int) -> Generator[_Piece, None, None]:
 
 
 def _failed(reason: str) -> _Piece:
-    return _Piece(torch.empty(0, 0, 0, 3, dtype=torch.uint8), reason)
+    return _Piece(np.empty((0, 0, 0, 3), np.uint8), reason)
 
 
 def _unequal(source: Source, index: int, found: Sequence[int], first: Sequence[int]) -> str:

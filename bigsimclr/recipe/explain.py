@@ -114,7 +114,13 @@ def recipe_schema() -> dict[str, object]:
     }
 
 
-def _walk(section: type[Section], prefix: str, kinds: tuple[str, ...]) -> Iterator[KeyFacts]:
+def _walk(
+    section: type[Section],
+    prefix: str,
+    kinds: tuple[str, ...],
+    around: frozenset[type[Section]] = frozenset(),
+) -> Iterator[KeyFacts]:
+    """Yield the keys below a section; those of sections that could stand `around` it come there."""
     properties = cast("dict[str, dict[str, object]]", section.model_json_schema()["properties"])
     for name, field in section.model_fields.items():
         inner = sections_in(field.annotation)
@@ -125,8 +131,10 @@ def _walk(section: type[Section], prefix: str, kinds: tuple[str, ...]) -> Iterat
         text = " ".join((field.description or "").split())
         yield KeyFacts(key, shape, _default(field), text, kinds, ())
         for choice in inner:
+            if choice in around:
+                continue
             chosen = (f"{key}.kind: {kind_of(choice)}",) if len(inner) > 1 else kinds
-            yield from _walk(choice, f"{key}.", chosen)
+            yield from _walk(choice, f"{key}.", chosen, around | set(inner))
 
 
 def _shape(schema: dict[str, object]) -> str:

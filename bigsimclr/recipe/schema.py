@@ -14,7 +14,6 @@ from bigsimclr.recipe.sections import (
     BatchSection,
     CheckpointSection,
     CropFlip,
-    DataSection,
     Distort,
     HeadSection,
     InputSection,
@@ -29,6 +28,7 @@ from bigsimclr.recipe.sections import (
     Section,
     UserPath,
 )
+from bigsimclr.recipe.sources import DataSection
 from bigsimclr.recipe.strategies import ParallelSection
 
 

@@ -52,76 +52,7 @@ class Section(BaseModel):
     """Keys of which exactly one is given."""
 
 
-# --- data ------------------------------------------------------------------------------------
-
-
-class DigitsData(Section):
-    """The 1,797 scanned 8x8 digits that scikit-learn carries: real data without a download."""
-
-    kind: Literal["digits"]
-    """Selects the bundled digits."""
-    held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
-    """Share of every class kept for evaluation only; chosen by `split_seed`."""
-    split_seed: NonNegativeInt = 0
-    """Seed of the held-out split; not `seed`, so that all stages hold out the same images."""
-
-
-class ArraysData(Section):
-    """A NumPy .npz file with `images` (uint8 [N,H,W,3] or [N,H,W]) and optionally `labels` [N]."""
-
-    kind: Literal["arrays"]
-    """Selects NumPy arrays."""
-    root: UserPath
-    """Path of the .npz file, relative to the current directory; ~ is the home folder. The file
-    holds `images`, uint8 [N,H,W,3] (RGB) or [N,H,W] (grey), and perhaps `labels`, whole numbers
-    [N], one for each image: the class from 0, or -1 for none. Other types are refused."""
-    held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of every class kept for evaluation only; chosen by `split_seed`."""
-    split_seed: NonNegativeInt = 0
-    """Seed of the held-out split; not `seed`, so that all stages hold out the same images."""
-
-
-class FolderData(Section):
-    """Images in a folder: one sub-folder per class, or no labels at all, read recursively."""
-
-    kind: Literal["folder"]
-    """Selects a folder of images."""
-    root: UserPath
-    """The folder that holds the images, or the `train` and `held_out` folders; relative to the
-    current directory, ~ is the home folder."""
-    train: str = "."
-    """Folder of the training images, relative to `root`."""
-    held_out: str | None = None
-    """Folder of the held-out images, relative to `root`; null when there is none."""
-    labelled: bool = True
-    """True: the first sub-folder below `train` names the class. False: no labels, any nesting."""
-    held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of every class kept for evaluation when `held_out` is null; chosen by `split_seed`."""
-    split_seed: NonNegativeInt = 0
-    """Seed of the held-out split; not `seed`, so that all stages hold out the same images."""
-
-
-class ParquetData(Section):
-    """Parquet files in the Hugging Face layout: `image` {bytes, path} and, if there, `label`."""
-
-    kind: Literal["parquet"]
-    """Selects parquet files (extra `parquet`)."""
-    root: UserPath
-    """The folder that holds the parquet files; relative to the current directory, ~ is the home
-    folder."""
-    train: str = "train*.parquet"
-    """Pattern of the training files, relative to `root`."""
-    held_out: str | None = None
-    """Pattern of the held-out files, relative to `root`; null when there are none."""
-    held_out_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of every class kept for evaluation when `held_out` is null; chosen by `split_seed`."""
-    split_seed: NonNegativeInt = 0
-    """Seed of the held-out split; not `seed`, so that all stages hold out the same images."""
-
-
-DataSection = Annotated[
-    DigitsData | ArraysData | FolderData | ParquetData, Field(discriminator="kind")
-]
+# --- input -----------------------------------------------------------------------------------
 
 
 class LabelsSection(Section):
@@ -153,6 +84,9 @@ class InputSection(Section):
     """Worker processes that read, decode and crop; 0 works in the training process."""
     prefetch_batches: PositiveInt = 2
     """Batches prepared ahead, by all workers together."""
+    decoder: Literal["auto", "pillow", "turbo", "dali"] = "auto"
+    """What decodes plain JPEGs: auto takes DALI on a GPU (extra `dali`), else libjpeg-turbo (extra
+    `turbo`), where they are installed; else Pillow."""
     unreadable_limit: Probability = 0.001
     """Share of unreadable images that are replaced before the run stops (rounded up)."""
     max_pixels: PositiveInt = 64_000_000

@@ -1,13 +1,8 @@
 """The report of a run: one HTML page without scripts or addresses, and the same numbers as JSON."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from bigsimclr.errors import StorageError
 from bigsimclr.report.document import (
@@ -24,6 +19,7 @@ from bigsimclr.report.figures import (
     curve_picture,
     pretraining_pictures,
 )
+from bigsimclr.report.pages import page_template
 from bigsimclr.report.tables import (
     cell_text,
     curve_table,
@@ -82,15 +78,7 @@ def write_report(run_dir: Path) -> Path:
 def render_page(summary: Summary) -> str:
     """Return the HTML page; every text from the run directory is escaped."""
     run_set = summary.run_set
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_printable,
-    )
-    source = files("bigsimclr.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return page_template("report.html.j2").render(
         name=run_set.name,
         # A deviation must not stand alone at the start of a line.
         verdict=summary.verdict.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"),
@@ -112,16 +100,6 @@ def render_page(summary: Summary) -> str:
         environment=_environment(run_set.runs),
         commands=commands(run_set),
         noted=run_set.command is not None,
-    )
-
-
-def _printable(value: object) -> object:
-    """Replace control characters: HTML cannot hold some, and others reorder what is read."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value  # Markup: what a macro returns, whose own parts came here before
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" and c not in "\n\t" else c
-        for c in value
     )
 
 

@@ -155,7 +155,6 @@ def _rows(portable: PortableModel, images: Path, unreadable: dict[str, str]) -> 
             indices=np.arange(len(source), dtype=np.int64),
             settings=settings,
             batch_size=64,
-            workers=0,
             unreadable_limit=1.0,
             max_pixels=64_000_000,
             unreadable=unreadable,

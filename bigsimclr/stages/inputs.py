@@ -11,9 +11,11 @@ from torch import Tensor
 
 from bigsimclr.augment import ViewSettings, view_settings
 from bigsimclr.augment.device import make_views
-from bigsimclr.data import Source, Splits, build_data
+from bigsimclr.data import EqualImages, Source, Splits, build_data
+from bigsimclr.data.decoders import Decoder, choose_decoder
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches
-from bigsimclr.data.resident import make_resident
+from bigsimclr.data.resident import Resident, make_resident
+from bigsimclr.data.steps import Means
 from bigsimclr.data.subsets import read_list, select_labels, subset_hash
 from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import DataError
@@ -35,6 +37,7 @@ class Inputs:
     labelled: NDArray[np.int64]  # [L] training images whose label the stage may see
     label_names: tuple[str, ...] | None  # of the labelled images; None where none is asked for
     settings: ViewSettings
+    means: Means
     world: World
     fused: bool  # whether this run computes with the fused kernels
     stop: StopRequest
@@ -72,8 +75,7 @@ class Inputs:
             global_batch=recipe.batch.global_batch,
             rank=self.world.rank,
             world_size=self.world.size,
-            workers=recipe.input.workers,
-            prefetch_batches=recipe.input.prefetch_batches,
+            means=self.means,
             unreadable_limit=recipe.input.unreadable_limit,
             max_pixels=recipe.input.max_pixels,
         )
@@ -91,7 +93,7 @@ class Inputs:
             indices=indices,
             settings=self.settings,
             batch_size=batch_size,
-            workers=self.recipe.input.workers,
+            means=self.means,
             unreadable_limit=self.recipe.input.unreadable_limit,
             max_pixels=self.recipe.input.max_pixels,
             unreadable=self.left_out,
@@ -141,6 +143,7 @@ def open_inputs(
             names = tuple(train.name(int(index)) for index in chosen)
         shown = np.full(len(train), -1, dtype=np.int64)
         shown[chosen] = train.labels[chosen]
+        settings = view_settings(recipe.augment)
         return Inputs(
             recipe=recipe,
             train=train,
@@ -149,7 +152,8 @@ def open_inputs(
             labels=shown,
             labelled=chosen,
             label_names=names,
-            settings=view_settings(recipe.augment),
+            settings=settings,
+            means=_means(recipe, splits.train, settings, world.device),
             world=world,
             fused=uses_triton(recipe.parallel.kernels, world.device),
             stop=stop,
@@ -169,6 +173,19 @@ def _opened(recipe: AnyStage, device: torch.device) -> Splits:
 
     held_out = None if splits.held_out is None else resident(splits.held_out)
     return replace(splits, train=resident(splits.train), held_out=held_out)
+
+
+def _means(recipe: AnyStage, train: Source, settings: ViewSettings, device: torch.device) -> Means:
+    reading = recipe.input
+    decoder: Decoder = "pillow"
+    if not isinstance(train, EqualImages | Resident):
+        decoder = choose_decoder(reading.decoder, resize=settings.resize, device=device)
+    return Means(
+        workers=reading.workers,
+        prefetch_batches=reading.prefetch_batches,
+        device=device,
+        decoder=decoder,
+    )
 
 
 def _choose(splits: Splits, labels: LabelsSection) -> NDArray[np.int64]:

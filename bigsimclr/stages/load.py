@@ -15,7 +15,7 @@ from bigsimclr.interop.model_file import read_model_file
 from bigsimclr.models import Architecture, restore_model
 from bigsimclr.models.simclr import SimCLR
 from bigsimclr.recipe.schema import DistillRecipe, FinetuneRecipe, KnnRecipe, LinearRecipe
-from bigsimclr.recipe.sections import DataSection
+from bigsimclr.recipe.sources import DataSection
 from bigsimclr.recipe.steps import PARENTS
 from bigsimclr.stages.run_directory import read_result
 
@@ -112,14 +112,27 @@ def load_parent(recipe: LinearRecipe | KnnRecipe | FinetuneRecipe | DistillRecip
     stage = loaded.recipe.get("stage")
     if stage not in stages:
         raise RecipeError(f"parent: {parent} is a {stage} run; this stage needs a {wanted} run")
-    _refuse_leak(parent, loaded.recipe.get("data"), recipe.data)
+    _refuse_leaks(parent, loaded.recipe.get("data"), recipe.data)
     return loaded
 
 
-def _refuse_leak(parent: Path, before: object, data: DataSection) -> None:
+def _refuse_leaks(parent: Path, before: object, data: DataSection) -> None:
+    for now in _single_sources(json.loads(data.model_dump_json())):
+        for earlier in _single_sources(before):
+            _refuse_leak(parent, earlier, now)
+
+
+def _single_sources(data: object) -> list[dict[str, object]]:
+    """List the sources of a mixture, or the one there is, as the recipe's plain values."""
+    if not isinstance(data, dict):
+        return []
+    sources = data.get("sources")
+    return [source["data"] for source in sources] if isinstance(sources, list) else [data]
+
+
+def _refuse_leak(parent: Path, before: dict[str, object], now: dict[str, object]) -> None:
     """Refuse a share held out of images of which the parent held out another share."""
-    now = json.loads(data.model_dump_json())
-    if not isinstance(before, dict) or before.get("kind") != now["kind"]:
+    if before.get("kind") != now["kind"]:
         return
     if now.get("held_out") is not None or not now["held_out_fraction"]:
         return

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,13 +33,18 @@ FREE_KEYS = (
     "parallel.cpu_threads",
     "input.workers",
     "input.prefetch_batches",
+    "input.decoder",
     "input.unreadable_limit",
     "data.root",
+    "data.manifest",
+    "data.remote",
     "labels.list",
     "parent",
 )
 LAUNCHER_FOLDER = "slurm"
 """Where the launcher keeps a job's files, also before a run or a pipeline begins."""
+# The keys of one source of a mixture are those of a source that stands alone.
+_SOURCE_NUMBER = re.compile(r"^data\.sources\.\d+\.data\.")
 OWN_FILES = (
     "recipe.yaml",
     "plan.json",
@@ -46,6 +52,7 @@ OWN_FILES = (
     "metrics.jsonl",
     "attempts.jsonl",
     "checkpoints",
+    "images.json.gz",
     "labels.txt",
     "unreadable.txt",
     "tensorboard",
@@ -191,9 +198,12 @@ def recipe_facts(recipe: AnyStage) -> dict[str, object]:
 def with_absolute_paths(recipe: AnyStage) -> AnyStage:
     """Return the same recipe with absolute paths, so that it means the same in any directory."""
     facts = recipe_facts(recipe)
+    data = facts.get("data")
+    mixed = data.get("sources", []) if isinstance(data, dict) else []
+    sources = [data, *(source["data"] for source in mixed)]
     for section, key in (
         (facts, "parent"),
-        (facts.get("data"), "root"),
+        *((source, key) for source in sources for key in ("root", "manifest")),
         (facts.get("labels"), "list"),
     ):
         if isinstance(section, dict) and isinstance(section.get(key), str):
@@ -213,7 +223,7 @@ def check_same_recipe(recipe: AnyStage, stored: object, directory: Path) -> None
         for key in sorted(now.keys() | before.keys())
         if now.get(key) != before.get(key)
         and key.split(".")[0] not in FREE_SECTIONS
-        and key not in FREE_KEYS
+        and _SOURCE_NUMBER.sub("data.", key) not in FREE_KEYS
     ]
     if changed:
         raise RecipeError(
@@ -222,8 +232,20 @@ def check_same_recipe(recipe: AnyStage, stored: object, directory: Path) -> None
         )
 
 
-def check_same_origins(now: Mapping[str, str | None], stored: object, directory: Path) -> None:
+def check_same_origins(
+    now: Mapping[str, str | None],
+    stored: object,
+    directory: Path,
+    *,
+    explain: Callable[[], str] = str,
+) -> None:
     """Refuse to continue a run on other images, labels, or another parent.
+
+    Args:
+        now: fingerprints, by what they are of.
+        stored: the same when the run began.
+        directory: the run directory.
+        explain: says how they differ, "" where it is not known.
 
     Raises:
         DataError: a fingerprint differs; the message names what.
@@ -231,8 +253,10 @@ def check_same_origins(now: Mapping[str, str | None], stored: object, directory:
     before = stored if isinstance(stored, dict) else {}
     changed = [name for name, value in now.items() if before.get(name) != value]
     if changed:
+        how = explain()
         raise DataError(
-            f"{directory}: changed since the run began: {', '.join(changed)}; "
+            f"{directory}: changed since the run began: {', '.join(changed)}"
+            f"{f' ({how})' if how else ''}; "
             "restore what was, or use another --out for a new run"
         )
 
@@ -254,7 +278,9 @@ def read_result(directory: Path) -> dict[str, object]:
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, object]:
-    """Turn nested mappings into dotted keys."""
+    """Turn nested mappings, and lists of them, into dotted keys."""
+    if isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
+        value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {prefix: value}
     pairs: dict[str, object] = {}

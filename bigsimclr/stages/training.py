@@ -29,6 +29,7 @@ from bigsimclr.report.attempts import note_began, note_ended
 from bigsimclr.report.progress import Progress
 from bigsimclr.report.records import Record, Records, read_records
 from bigsimclr.stages.fitting import fitting_memory, fitting_micro_batch
+from bigsimclr.stages.identity import image_changes, note_images
 from bigsimclr.stages.inputs import Inputs
 from bigsimclr.stages.load import Loaded
 from bigsimclr.stages.run_directory import (
@@ -154,13 +155,19 @@ def _begin_or_continue(
     recipe: AnyTraining, task: Task, run: ActiveRun, *, plan: Plan, resume: Checkpoint | None
 ) -> None:
     """Describe a new run, or prove that this is the one that the checkpoint is of."""
-    path, world = run.directory.path, task.inputs.world
-    with world.together():
+    path, inputs = run.directory.path, task.inputs
+    with inputs.world.together():
         run.fence()
         if resume is not None:
             check_same_recipe(recipe, resume.facts["recipe"], path)
-            check_same_origins(_origins(task), resume.facts["origins"], path)
-        elif world.rank == 0:
+            check_same_origins(
+                _origins(task),
+                resume.facts["origins"],
+                path,
+                explain=partial(image_changes, path, inputs.train, inputs.held_out),
+            )
+        elif inputs.world.rank == 0:
+            note_images(path, inputs.train, inputs.held_out)
             run.directory.describe(recipe, plan.as_facts(), labels=task.inputs.label_names)
 
 

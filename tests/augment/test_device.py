@@ -8,7 +8,7 @@ from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.colour import brightness_, contrast_, grey, hue_, saturation_
 from bigsimclr.augment.device import blur, crop_resize, make_views
 from bigsimclr.augment.draws import centre_draws, draw_views
-from bigsimclr.augment.resize import crop_resize_one
+from bigsimclr.augment.host import crop_resize_one
 
 CPU = torch.device("cpu")
 OPERATIONS = (brightness_, contrast_, saturation_, hue_)
@@ -86,18 +86,10 @@ def test_views_follow_the_official_order(image_size, resize):
 
 def test_views_cropped_on_the_host_are_the_same_views():
     pixels, draws = batch()
-    cropped = np.stack(
-        [
-            [
-                crop_resize_one(
-                    pixels[row].permute(1, 2, 0).numpy(), draws.boxes[view, row], (32, 32), "tf2"
-                )
-                for row in range(12)
-            ]
-            for view in range(2)
-        ]
-    )
-    host = torch.from_numpy(cropped)
+    host = torch.empty(2, 12, 3, 32, 32)
+    for view, row in np.ndindex(2, 12):
+        image = pixels[row].permute(1, 2, 0).numpy()
+        crop_resize_one(image, draws.boxes[view, row], "tf2", out=host[view, row])
     before = host.clone()
     found = make_views(host, draws, SETTINGS, device=CPU)
     np.testing.assert_allclose(found, make_views(pixels, draws, SETTINGS, device=CPU), atol=2e-5)
@@ -127,7 +119,8 @@ def test_evaluation_takes_the_centre():
     draws = centre_draws(settings, np.full((12, 2), 48, np.int32))
     found = make_views(pixels, draws, settings, device=CPU)
     box = np.array([3, 3, 42, 42], np.int32)
-    expected = crop_resize_one(pixels[5].permute(1, 2, 0).numpy(), box, (40, 40), "tf2")
+    expected = torch.empty(3, 40, 40)
+    crop_resize_one(pixels[5].permute(1, 2, 0).numpy(), box, "tf2", out=expected)
     np.testing.assert_allclose(found[5], expected.clip(0, 1), atol=1e-6)
 
 

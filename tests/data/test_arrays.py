@@ -12,7 +12,7 @@ import pytest
 from bigsimclr.data import build_data, count_examples
 from bigsimclr.data.arrays import DIGITS, digits
 from bigsimclr.errors import DataError
-from bigsimclr.recipe.sections import ArraysData, DigitsData
+from bigsimclr.recipe.sources import ArraysData, DigitsData
 
 
 def test_digits_are_grey_scans_over_the_whole_range() -> None:
@@ -207,7 +207,7 @@ def test_a_header_that_promises_too_much_is_refused(
 def test_counting_loads_neither_torch_nor_scikit_learn() -> None:
     code = (
         "import sys; from bigsimclr.data import count_examples;"
-        "from bigsimclr.recipe.sections import DigitsData;"
+        "from bigsimclr.recipe.sources import DigitsData;"
         "count_examples(DigitsData(kind='digits'));"
         "assert not {'torch', 'sklearn', 'PIL'} & set(sys.modules)"
     )

@@ -8,7 +8,7 @@ import pytest
 from bigsimclr.data import build_data, count_examples
 from bigsimclr.data.folder import read_regular, training_folder
 from bigsimclr.errors import DataError
-from bigsimclr.recipe.sections import FolderData
+from bigsimclr.recipe.sources import FolderData
 from tests.data.conftest import Encode
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ from bigsimclr.data.decode import UnreadableImageError
 from bigsimclr.data.folder import training_folder
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches, view_hash
 from bigsimclr.data.order import Order
+from bigsimclr.data.steps import Means
 from bigsimclr.errors import DataError
 from tests.data.conftest import Encode
 
@@ -63,6 +65,7 @@ def loader(source: Source, *, seed: int = 5, global_batch: int = 7, **options: o
     options.setdefault("indices", np.arange(len(source)))
     options.setdefault("labels", source.labels)
     options.setdefault("settings", DISTORT)
+    options.setdefault("means", Means(workers=options.pop("workers", 0)))
     return Loader(source, views=2, seed=seed, global_batch=global_batch, **options)
 
 
@@ -214,7 +217,7 @@ def test_evaluation_shows_each_image_once(pictures: NDArray[np.uint8], workers: 
     for source in (ArraySource(pictures, np.arange(12)), Single(pictures)):
         batches = list(
             evaluation_batches(
-                source, indices=chosen, settings=DISTORT, batch_size=2, workers=workers
+                source, indices=chosen, settings=DISTORT, batch_size=2, means=Means(workers=workers)
             )
         )
         assert [len(batch) for batch in batches] == [2, 2, 1]
@@ -259,7 +262,7 @@ def test_evaluation_tells_its_caller_what_it_leaves_out(
             indices=everything,
             settings=DISTORT,
             batch_size=2,
-            workers=workers,
+            means=Means(workers=workers),
             unreadable_limit=1.0,
             unreadable=told,
         )
@@ -349,10 +352,11 @@ def test_workers_die_with_a_killed_training_process(tmp_path: Path, png: Encode)
         "from pathlib import Path\n"
         "from bigsimclr.data.folder import training_folder\n"
         "from bigsimclr.data.loader import Loader\n"
+        "from bigsimclr.data.steps import Means\n"
         f"source = training_folder(Path({str(folder)!r}), '.', labelled=False)\n"
         "settings = ViewSettings(image_size=8, crop_area=(0.5, 1.0), flip_probability=0.5)\n"
         "loader = Loader(source, indices=np.arange(len(source)), labels=source.labels,\n"
-        "    settings=settings, views=2, seed=0, global_batch=64, workers=2)\n"
+        "    settings=settings, views=2, seed=0, global_batch=64, means=Means(workers=2))\n"
         "batches = loader.batches(0, 1000)\n"
         "next(batches)\n"
         "print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
@@ -369,6 +373,89 @@ def test_workers_die_with_a_killed_training_process(tmp_path: Path, png: Encode)
     while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(_alive(pid) for pid in workers)
+
+
+def killed(folder: Path, png: Encode, *, kills: int, pause: float, limit: float) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (40, 48, 48, 3), dtype=np.uint8)
+    for number, pixels in enumerate(pictures):
+        (folder / f"{number}.png").write_bytes(png(pixels))
+    words = ["-m", "tests.data.kills", str(folder), "1", str(kills), str(pause)]
+    ended = subprocess.run(
+        [sys.executable, *words],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=limit,  # nothing may hang
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["kills"] == kills
+    assert set(found["endings"]) == {"same"}, found
+    told = ended.stderr.count("died by SIG")
+    assert kills / 2 < told <= kills  # some die when their last work is done already
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pause", [0.0, 0.02])
+def test_killed_workers_are_replaced_and_change_nothing(
+    tmp_path: Path, png: Encode, pause: float
+) -> None:
+    killed(tmp_path, png, kills=6, pause=pause, limit=300)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pause", [0.0, 0.02])
+def test_fifty_killed_workers_change_nothing(tmp_path: Path, png: Encode, pause: float) -> None:
+    killed(tmp_path, png, kills=50, pause=pause, limit=1500)
+
+
+def test_a_stream_that_nobody_closes_does_not_keep_the_process(tmp_path: Path) -> None:
+    script = tmp_path / "left.py"
+    script.write_text(
+        "import numpy as np\n"
+        "from bigsimclr.augment import ViewSettings\n"
+        "from bigsimclr.data.arrays import ArraySource\n"
+        "from bigsimclr.data.chunks import ChunkReader, Reading\n"
+        "from bigsimclr.data.order import Cut, Order\n"
+        "from bigsimclr.data.slots import Slots\n"
+        "from bigsimclr.data.workers import from_workers\n"
+        "source, every = ArraySource(np.zeros((9, 9, 9, 3), np.uint8)), np.arange(9)\n"
+        "reading = Reading(source=source, order=Order(indices=every, seed=0), indices=every,\n"
+        "    labels=source.labels, settings=ViewSettings(image_size=8), views=2, max_pixels=99)\n"
+        "cut = Cut(first_example=0, step_examples=4, low=0, high=4, chunk=4)\n"
+        "slots = Slots(4, (2, 4, 3, 8, 8))\n"
+        "stream = from_workers(ChunkReader(reading, cut, 99, slots), 99, workers=2, ahead=4)\n"
+        "print(len(next(stream).indices))\n"
+        "kept = [stream]\n"
+        "kept.append(kept)\n"
+        "raise RuntimeError('an error that nobody expects')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ended.stdout == "4\n"
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("RuntimeError: an error that nobody expects\n")
+
+
+def test_an_unexpected_error_of_a_worker_is_raised_with_its_place(
+    pictures: NDArray[np.uint8],
+) -> None:
+    class Failing(Single):
+        def read(self, index: int) -> Sample:
+            raise ZeroDivisionError(f"of all things, {index}")
+
+    with pytest.raises(
+        RuntimeError, match=r"^ZeroDivisionError while reading images: of all things"
+    ) as raised:
+        walked(Failing(pictures), workers=2)
+    assert "in read" in "".join(raised.value.__notes__)
 
 
 def _alive(pid: int) -> bool:

@@ -14,7 +14,7 @@ from bigsimclr.data import build_data, count_examples
 from bigsimclr.data.decode import decode
 from bigsimclr.data.parquet import open_parquet
 from bigsimclr.errors import DataError
-from bigsimclr.recipe.sections import ParquetData
+from bigsimclr.recipe.sources import ParquetData
 from tests.data.conftest import Encode
 
 NAMES = ["cat", "dog", "owl"]
@@ -148,7 +148,7 @@ def test_a_missing_package_is_named() -> None:
         "from pathlib import Path\n"
         "from bigsimclr.data import count_examples\n"
         "from bigsimclr.errors import MissingExtraError\n"
-        "from bigsimclr.recipe.sections import ParquetData\n"
+        "from bigsimclr.recipe.sources import ParquetData\n"
         "try: count_examples(ParquetData(kind='parquet', root=Path('x')))\n"
         "except MissingExtraError as error: assert \"'bigsimclr[parquet]'\" in str(error)\n"
         "else: raise SystemExit(1)"

@@ -15,7 +15,7 @@ from bigsimclr.data.subsets import (
     write_list,
 )
 from bigsimclr.errors import DataError
-from bigsimclr.recipe.sections import DigitsData
+from bigsimclr.recipe.sources import DigitsData
 
 COUNTS = (50, 7, 200, 13, 1)
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(5), COUNTS))

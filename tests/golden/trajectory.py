@@ -33,7 +33,6 @@ from bigsimclr.recipe.schema import FinetuneRecipe, PretrainRecipe
 from bigsimclr.recipe.sections import (
     BatchSection,
     CropFlip,
-    DigitsData,
     Distort,
     HeadSection,
     LabelsSection,
@@ -42,6 +41,7 @@ from bigsimclr.recipe.sections import (
     ResNetBackbone,
     ScheduleSection,
 )
+from bigsimclr.recipe.sources import DigitsData
 from bigsimclr.stages.finetune import Classification
 from bigsimclr.stages.pretrain import Contrast
 from bigsimclr.world import ALONE

@@ -26,7 +26,10 @@ def test_a_key_of_several_kinds() -> None:
         ("backbone.depth", "backbone.depth: 10 or 18 or 34 or 50 or 101 or 152 or 200; required"),
         ("labels.percent", "labels.percent: number > 0 and <= 100 or null; default null"),
         ("augment.resize", "augment.resize: tf2 or tf1; default tf2"),
-        ("data", "data: section, kind: digits or arrays or folder or parquet; required"),
+        (
+            "data",
+            "data: section, kind: digits or arrays or folder or parquet or shards or mix; required",
+        ),
         ("data.root", "data.root: path; required"),
         ("steps.name", "steps.name: text; required"),
         ("loss.queue.length", "loss.queue.length: whole number > 0; default 65536"),
@@ -45,7 +48,7 @@ def test_what_an_arrays_file_holds_and_where_it_is_looked_for() -> None:
     text = explain("data.root")
     for part in ("`images`, uint8 [N,H,W,3]", "`labels`, whole numbers [N]", "-1 for none"):
         assert part in text
-    assert text.count("relative to the current directory") == 3
+    assert text.count("relative to the current directory") == 4
 
 
 @pytest.mark.parametrize(

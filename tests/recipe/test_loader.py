@@ -16,14 +16,8 @@ from bigsimclr.recipe import (
     save_recipe,
 )
 from bigsimclr.recipe.schema import FinetuneRecipe, PretrainRecipe
-from bigsimclr.recipe.sections import (
-    ArraysData,
-    DigitsData,
-    FolderData,
-    Lars,
-    NtXentLoss,
-    QueueSection,
-)
+from bigsimclr.recipe.sections import Lars, NtXentLoss, QueueSection
+from bigsimclr.recipe.sources import ArraysData, DigitsData, FolderData
 from bigsimclr.recipe.yaml_tree import plain_scalar
 from tests.recipe.samples import FINETUNE, PIPELINE, PRETRAIN
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from bigsimclr.data.folder import training_folder
+from bigsimclr.data.pack import pack
 from bigsimclr.engine.checkpoint import newest_checkpoint
 from bigsimclr.engine.stop import StopRequest
-from bigsimclr.errors import CheckpointError, DataError, Stopped
+from bigsimclr.errors import CheckpointError, DataError, RecipeError, Stopped
 from bigsimclr.recipe.schema import AnyStage
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.single import run_stage
@@ -133,6 +136,63 @@ def test_changed_images_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=images)
     with pytest.raises(DataError, match="changed since the run began: training images"):
         tiny.run(tiny.PRETRAIN, tmp_path / "a", *keys)
+
+
+def test_what_changed_in_a_folder_is_told(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / f"set/{number % 2}/{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    keys = ("data={kind: folder, root: " + str(tmp_path / "set") + "}", "log.every_steps=1")
+    with pytest.raises(Stopped):
+        _run(tiny.recipe_of(tiny.PRETRAIN, *keys), tmp_path / "a", StopAfter(2, signal.SIGTERM))
+    for name in ("0/50.png", "0/60.png"):
+        (tmp_path / "set" / name).write_bytes((tmp_path / "set/0/00.png").read_bytes())
+    (tmp_path / "set/0/02.png").rename(tmp_path / "set/1/02.png")
+    with pytest.raises(
+        DataError,
+        match=r"changed since the run began: training images \(training images: "
+        r"\+3 new \(0/50\.png, 0/60\.png, 1/02\.png\), -1 gone \(0/02\.png\) of 40 images\);",
+    ):
+        tiny.run(tiny.PRETRAIN, tmp_path / "a", *keys)
+    (tmp_path / "a/images.json.gz").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"changed since the run began: training images; restore"):
+        tiny.run(tiny.PRETRAIN, tmp_path / "a", *keys)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "runs", "mix"])
+def test_a_run_on_shards_continues_unless_their_order_changed(tmp_path: Path, kind: str) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(48):
+        path = tmp_path / f"set/{number % 2}/{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    images = training_folder(tmp_path / "set", ".", labelled=True)
+    for place, size in (("one", 40_000), ("two", 40_000), ("other", 20_000)):
+        pack(images, tmp_path / place, shard_bytes=size)
+
+    def keys(place: str, window: int = 2) -> tuple[str, ...]:
+        order = "" if kind == "uniform" else f", order: runs, window: {window}"
+        shards = f"{{kind: shards, root: {tmp_path / place}{order}}}"
+        digits = "{weight: 1, data: {kind: digits}}"
+        mix = f"{{kind: mix, sources: [{{weight: 2, data: {shards}}}, {digits}]}}"
+        return f"data={mix if kind == 'mix' else shards}", "log.every_steps=1"
+
+    tiny.run(tiny.PRETRAIN, tmp_path / "whole", *keys("one"))
+    recipe = tiny.recipe_of(tiny.PRETRAIN, *keys("one"))
+    with pytest.raises(Stopped):
+        _run(recipe, tmp_path / "parts", StopAfter(3, signal.SIGTERM))
+    if kind != "uniform":
+        with pytest.raises(RecipeError, match=r"data\.\S*window \(2 -> 3\)"):
+            tiny.run(tiny.PRETRAIN, tmp_path / "parts", *keys("one", 3))
+        with pytest.raises(DataError, match="changed since the run began: training images;"):
+            tiny.run(tiny.PRETRAIN, tmp_path / "parts", *keys("other"))
+    last = "other" if kind == "uniform" else "two"
+    tiny.run(tiny.PRETRAIN, tmp_path / "parts", *keys(last), "input.workers=2")
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
 
 
 def test_training_leaves_the_global_random_state_alone(tmp_path: Path) -> None:

@@ -1,0 +1,166 @@
+"""Images that look alike: a hash of what an image shows, and all pairs of hashes close by.
+
+Images of different sizes, qualities or formats hash alike where they show the same. The hash
+says which of 64 low frequencies of the grey image are above their median.
+
+Source: Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions".
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations, pairwise
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+BITS: Final = 64
+
+_SIDE: Final = 32  # pixels of the thumbnail whose frequencies are taken
+_BAND: Final = 1 << 22  # pixels that are turned grey at a time, which bounds the memory
+_ONES: Final = np.array([number.bit_count() for number in range(256)], np.uint8)
+_LUMA: Final = (0.299, 0.587, 0.114)
+_SMALLEST: Final = 16  # pixels; two handwritten threes of 8x8 are as close as two copies of one
+# Below this deviation (of 255) a thumbnail shows nothing: its frequencies are rounding errors.
+_PLAIN: Final = 2.0
+_NOBODY: Final = np.iinfo(np.int64).max
+_DISTANCE_SHIFT: Final = 40  # (distance, image) in one number; images below 2^40
+
+Floats = NDArray[np.float32]
+Hashes = NDArray[np.uint64]
+Integers = NDArray[np.int64]
+
+
+def perceptual_hash(
+    pixels: NDArray[np.uint8],  # [h, w, 3]
+) -> int | None:  # 64 bits
+    """Hash what an image shows; None where it is too plain or too small to tell by."""
+    if min(pixels.shape[:2]) < _SMALLEST:
+        return None
+    thumbnail = _thumbnail(pixels)
+    if float(thumbnail.std()) < _PLAIN:
+        return None
+    waves, rows, columns = _frequencies()
+    low = (waves @ thumbnail @ waves.T)[rows, columns]
+    bits = np.packbits(low > np.median(low))
+    return int.from_bytes(bits.tobytes(), "big")
+
+
+def close_pairs(
+    hashes: Hashes,  # [N], all different
+    most: int,  # bits in which two may differ
+) -> Iterator[tuple[Integers, Integers, Integers]]:
+    """Yield all pairs of hashes that differ in `most` bits or fewer, some of them repeatedly.
+
+    The bits are cut into `most` + 2 blocks. Whoever differs in `most` bits agrees in two blocks
+    at least, so that sorting by every two blocks brings each such pair together: all are found,
+    and few others are compared.
+
+    Yields:
+        int64 [n] three times: the pair, as places in `hashes`, and the bits in which it differs.
+    """
+    edges = np.linspace(0, BITS, most + 3).astype(int)
+    masks = [((1 << int(high)) - 1) ^ ((1 << int(low)) - 1) for low, high in pairwise(edges)]
+    for one, other in combinations(masks, 2):
+        part = hashes & np.uint64(one | other)
+        order = np.argsort(part, kind="stable")
+        part, whole = part[order], hashes[order]
+        first = np.arange(len(hashes), dtype=np.int64)
+        for step in range(1, len(hashes)):
+            # Sorted: a hash whose neighbour at this step is in another bucket has no farther one.
+            first = first[: np.searchsorted(first, len(hashes) - step)]
+            first = first[part[first] == part[first + step]]
+            if not len(first):
+                break
+            apart = _bits_set(whole[first] ^ whole[first + step])
+            close = apart <= most
+            if close.any():
+                yield order[first[close]], order[first[close] + step], apart[close]
+
+
+@dataclass(frozen=True)
+class Twins:
+    """For every image, the one before it in the training images that it resembles most."""
+
+    twin: Integers  # [N] an image among the first `train`, -1 where none is alike
+    distance: Integers  # [N] bits in which the two differ; meaningless where there is none
+
+
+def find_twins(
+    hashes: Hashes,  # [N]
+    has_hash: NDArray[np.bool_],  # [N]; images without one resemble nothing
+    *,
+    train: int,  # the first `train` images are for training, the others held out
+    most: int,
+) -> Twins:
+    """Find which training image every image resembles most; a training image, an earlier one.
+
+    Of several equally alike the first is taken.
+    """
+    shown = np.flatnonzero(has_hash)
+    values, place = np.unique(hashes[shown], return_inverse=True)
+    first = np.full(len(values), _NOBODY, np.int64)  # first training image of each hash
+    np.minimum.at(first, place[shown < train], shown[shown < train])
+    # A held-out image resembles whichever training image is closest; a training image, those
+    # before it. The first image of a hash stands for the training images that share it.
+    any_best = np.where(first < _NOBODY, first, _NOBODY)
+    earlier_best = np.full(len(values), _NOBODY, np.int64)
+    for one, other, apart in close_pairs(values, most):
+        for left, right in ((one, other), (other, one)):
+            known = first[right] < _NOBODY
+            keys = (apart[known] << _DISTANCE_SHIFT) | first[right][known]
+            np.minimum.at(any_best, left[known], keys)
+            before = first[right][known] < first[left][known]
+            np.minimum.at(earlier_best, left[known][before], keys[before])
+    best = np.full(len(hashes), _NOBODY, np.int64)
+    best[shown] = any_best[place]
+    leads = shown[(shown < train) & (first[place] == shown)]
+    best[leads] = earlier_best[place[(shown < train) & (first[place] == shown)]]
+    found = best < _NOBODY
+    return Twins(
+        twin=np.where(found, best & ((1 << _DISTANCE_SHIFT) - 1), -1),
+        distance=np.where(found, best >> _DISTANCE_SHIFT, 0),
+    )
+
+
+def _bits_set(numbers: Hashes) -> Integers:
+    counts: Integers = _ONES[numbers.view(np.uint8).reshape(-1, 8)].sum(axis=1, dtype=np.int64)
+    return counts
+
+
+def _thumbnail(pixels: NDArray[np.uint8]) -> Floats:
+    # [h,w,3] -> float32 [32,32], each the mean over its share of the image.
+    height, width = pixels.shape[:2]
+    down, across = _shares(height), _shares(width)
+    rows = max(1, _BAND // width)
+    total = np.zeros((_SIDE, width), np.float32)
+    for start in range(0, height, rows):
+        band = pixels[start : start + rows]
+        grey = band[..., 0] * np.float32(_LUMA[0])
+        grey += band[..., 1] * np.float32(_LUMA[1])
+        grey += band[..., 2] * np.float32(_LUMA[2])
+        total += down[:, start : start + rows] @ grey
+    thumbnail: Floats = total @ across.T
+    return thumbnail
+
+
+@lru_cache(maxsize=256)
+def _shares(length: int) -> Floats:
+    # [32, length]: which share of each of 32 equal parts lies on which pixel.
+    edges = np.arange(_SIDE + 1) * (length / _SIDE)
+    pixel = np.arange(length)
+    high = np.minimum(edges[1:, None], pixel + 1)
+    low = np.maximum(edges[:-1, None], pixel)
+    shares: Floats = (np.maximum(high - low, 0) * (_SIDE / length)).astype(np.float32)
+    return shares
+
+
+@lru_cache(maxsize=1)
+def _frequencies() -> tuple[Floats, Integers, Integers]:
+    # The cosine transform [12, 32], and rows and columns of the 64 lowest but the constant one.
+    count = 12
+    angle = np.pi / _SIDE * np.outer(np.arange(count), np.arange(_SIDE) + 0.5)
+    rows, columns = np.indices((count, count)).reshape(2, -1)
+    order = np.lexsort((rows, rows + columns))[1 : BITS + 1]
+    return np.cos(angle).astype(np.float32), rows[order], columns[order]

@@ -1,0 +1,317 @@
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from bigsimclr.cli import app
+from bigsimclr.data import Sample, Splits, build_data
+from bigsimclr.data.arrays import ArraySource
+from bigsimclr.data.folder import found_folder, training_folder
+from bigsimclr.data.manifest import write_manifest
+from bigsimclr.data.pack import pack
+from bigsimclr.data.scan import Broken, Copy, scan
+from bigsimclr.recipe.sources import FolderData, MixData, ShardsData
+from tests.data.test_alike import photograph
+
+LIMIT = 1_000_000
+
+
+def saved(path: Path, seed: int, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(photograph(seed, side=40)).save(stream, kind, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(stream.getvalue())
+    return stream.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Training and held-out photographs with every kind of copy, and one broken file."""
+    root = tmp_path / "photos"
+    for number in range(6):
+        saved(root / f"train/{'cat' if number < 3 else 'dog'}/{number}.png", number)
+    saved(root / "train/dog/z_copy.png", 0)
+    saved(root / "train/dog/z_smaller.jpg", 4, "JPEG", quality=60)
+    saved(root / "val/cat/new.png", 20)
+    saved(root / "val/cat/same.png", 2)
+    saved(root / "val/dog/resaved.jpg", 5, "JPEG", quality=60)
+    saved(root / "val/dog/twice.png", 21)
+    saved(root / "val/dog/twice_again.png", 21)
+    (root / "val/dog/broken.png").write_bytes(b"")
+    return root
+
+
+def test_copies_and_leaks_are_found_by_bytes_and_by_look(photos: Path) -> None:
+    found = scan(found_folder(photos), max_pixels=LIMIT)
+    assert found.copies == (Copy("dog/z_copy.png", "cat/0.png", None, is_same_class=False),)
+    assert [(copy.name, copy.of) for copy in found.alike] == [("dog/z_smaller.jpg", "dog/4.png")]
+    assert found.leaks == (Copy("cat/same.png", "cat/2.png", None, is_same_class=True),)
+    (alike,) = found.leaks_alike
+    assert (alike.name, alike.of, alike.is_same_class) == ("dog/resaved.jpg", "dog/5.png", True)
+    assert alike.bits is not None
+    assert alike.bits <= 4
+    assert found.broken == (Broken("held out", "dog/broken.png", "empty file"),)
+    assert found.train.classes == {"cat": 3, "dog": 5}
+    assert found.held_out is not None
+    assert found.held_out.classes == {"cat": 2, "dog": 4}
+    assert found.train.bytes == sum(path.stat().st_size for path in photos.glob("train/*/*"))
+    assert not found.is_clean
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_number_of_processes_changes_nothing(photos: Path, workers: int) -> None:
+    splits = found_folder(photos)
+    assert scan(splits, max_pixels=LIMIT, workers=workers) == scan(splits, max_pixels=LIMIT)
+
+
+def test_recipes_are_scanned_as_they_split(photos: Path) -> None:
+    section = FolderData(kind="folder", root=photos, train="train", held_out_fraction=0.25)
+    splits = build_data(section)
+    found = scan(splits, max_pixels=LIMIT)
+    names = [splits.train.name(index) for index in range(len(splits.train))]
+    assert found.train.images == 6
+    assert found.held_out is not None
+    assert found.held_out.images == 2
+    for copy in (*found.copies, *found.leaks):
+        assert copy.of in names
+    assert len(found.copies) + len(found.leaks) == 1
+    assert len(found.alike) + len(found.leaks_alike) == 1
+
+
+def test_arrays_are_compared_by_their_pixels() -> None:
+    pixels = np.stack([photograph(seed, side=32) for seed in (1, 2, 3, 1)])
+    source = ArraySource(pixels, np.array([0, 1, 2, 2]), classes=("a", "b", "c"))
+    apart = ArraySource(pixels[[1]], np.array([1]), classes=("a", "b", "c"), prefix="other")
+    found = scan(Splits(source, apart), max_pixels=LIMIT)
+    assert found.copies == (Copy("image-000003", "image-000000", None, is_same_class=False),)
+    assert found.leaks == (Copy("other-000000", "image-000001", None, is_same_class=True),)
+    assert found.formats == {"array": 5}
+    assert found.train.classes == {"a": 1, "b": 1, "c": 2}
+
+
+def test_digests_that_share_their_beginning_are_different() -> None:
+    pixels = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 1, 1, 0, 2)])
+    found = scan(Splits(ArraySource(pixels), None), max_pixels=LIMIT)
+    assert [(copy.name, copy.of) for copy in found.copies] == [
+        ("image-000002", "image-000001"),
+        ("image-000003", "image-000000"),
+    ]
+    assert len({hashlib.sha256(image.tobytes()).digest() for image in pixels}) == 3
+
+
+class Deadly:
+    """Array images of which some kill whoever reads them."""
+
+    def __init__(self, whole: ArraySource, deadly: set[int]) -> None:
+        self.whole, self.deadly = whole, deadly
+        self.classes, self.labels = whole.classes, whole.labels
+        self.fingerprint = whole.fingerprint
+        self.image_size: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def name(self, index: int) -> str:
+        return self.whole.name(index)
+
+    def read(self, index: int) -> Sample:
+        if index in self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.whole.read(index)
+
+
+def test_an_image_that_kills_its_reader_is_broken_and_the_scan_goes_on() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 20, 20, 3), dtype=np.uint8)
+    whole = ArraySource(pixels)
+    found = scan(Splits(Deadly(whole, {3, 70}), None), max_pixels=LIMIT, workers=2)
+    reason = "ended 2 processes that read it, by SIGKILL"
+    assert found.broken == tuple(
+        Broken("train", name, reason) for name in ("image-000003", "image-000070")
+    )
+    assert found.modes == {"RGB": 88}
+
+
+def invoke(*words: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["data", "scan", *words])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_ends_with_3_and_says_why(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "findings.jsonl"
+    code, text, told = invoke(str(photos), "--workers", "1", "--out", str(out))
+    assert code == 3
+    assert told == (
+        "bigsimclr: error: 1 broken image and 2 held-out images among the training images;"
+        f" listed in {out}\n"
+    )
+    lines = text.splitlines()
+    assert "images      14: 8 for training, 6 held out" in lines
+    assert "  dog/broken.png (held out): empty file" in lines
+    assert "formats     11 PNG, 2 JPEG" in lines
+    assert "width       50 to 50 pixels, median 50" in lines
+    assert "classes     2, each 3 to 5 images (3 cat, 5 dog)" in lines
+    assert (
+        "copies      1 training images with the bytes of an earlier one (1 of another class)"
+        in lines
+    )
+    findings = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [item["finding"] for item in findings] == [
+        "broken",
+        "copies",
+        "alike",
+        "leaks",
+        "leaks_alike",
+    ]
+    assert findings[0] == {
+        "finding": "broken",
+        "part": "held out",
+        "name": "dog/broken.png",
+        "reason": "empty file",
+    }
+    assert invoke(str(photos), "--out", str(out))[0] == 7
+
+
+def test_the_command_ends_with_0_where_all_is_well(photos: Path) -> None:
+    code, text, told = invoke(str(photos / "train"))
+    assert (code, told) == (0, "")
+    assert "leaks" not in text
+    for name in ("same.png", "resaved.jpg", "broken.png"):
+        next(photos.glob(f"val/*/{name}")).unlink()
+    code, text, told = invoke(str(photos), "--json", "--bits", "2")
+    assert (code, told) == (0, "")
+    assert json.loads(text)["is_clean"] is True
+    assert json.loads(text)["held_out"]["images"] == 3
+
+
+def test_recipes_and_their_keys_are_taken(photos: Path) -> None:
+    keys = ["data.kind=folder", f"data.root={photos}", "data.train=train", "data.held_out=val"]
+    code, text, _ = invoke("digits/1_pretrain", *keys, "augment.image_size=16", "--show", "0")
+    assert code == 3
+    assert "14: 8 for training, 6 held out" in text
+    assert "z_copy" not in text
+    code, text, _ = invoke("digits")
+    assert code == 0
+    assert "1,797: 1,437 for training, 360 held out" in text
+    code, _, told = invoke(str(photos), "data.labelled=false")
+    assert code == 2
+    assert "is no recipe and has no keys to change" in told
+
+
+@pytest.fixture
+def odd(photos: Path) -> Path:
+    """Training photographs with a broken one, a copy, and a link to nothing."""
+    (photos / "train/cat/broken.png").write_bytes(b"")
+    (photos / "train/cat/link.png").symlink_to(photos / "nothing")
+    return photos / "train"
+
+
+LINK = Broken("train", "cat/link.png", "a link to nothing")
+
+
+def test_shards_hold_what_their_folder_held(odd: Path, tmp_path: Path) -> None:
+    pack(training_folder(odd, ".", labelled=True), tmp_path / "pack", shard_bytes=5_000)
+    files = scan(found_folder(odd), max_pixels=LIMIT)
+    assert files.broken == (LINK, Broken("train", "cat/broken.png", "empty file"))
+    section = ShardsData(kind="shards", root=tmp_path / "pack")
+    for workers in (0, 2):
+        packed = scan(build_data(section), max_pixels=LIMIT, workers=workers)
+        assert packed == replace(files, broken=files.broken[1:])
+    code, text, told = invoke(str(tmp_path / "pack"))
+    assert code == 3
+    assert "cat/broken.png: empty file" in text
+    assert told == "bigsimclr: error: 1 broken image\n"
+
+
+def test_a_damaged_shard_ends_the_scan_by_its_name(odd: Path, tmp_path: Path) -> None:
+    pack(training_folder(odd, ".", labelled=True), tmp_path / "pack", shard_bytes=5_000)
+    shard = min((tmp_path / "pack").glob("*.tar"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    code, _, told = invoke(str(tmp_path / "pack"))
+    assert code == 3
+    assert shard.name in told
+    assert "Traceback" not in told
+
+
+def test_a_manifest_keeps_what_was_left_out(odd: Path, tmp_path: Path) -> None:
+    write_manifest(odd.parent, tmp_path / "list.json")
+    keys = {"kind": "folder", "root": odd.parent, "train": "train", "held_out": "val"}
+    walked = scan(build_data(FolderData.model_validate(keys)), max_pixels=LIMIT)
+    keys["manifest"] = tmp_path / "list.json"
+    assert scan(build_data(FolderData.model_validate(keys)), max_pixels=LIMIT) == walked
+    assert walked.broken[0] == LINK
+
+
+def test_mixtures_are_scanned_as_one(odd: Path, tmp_path: Path) -> None:
+    pack(training_folder(odd, ".", labelled=True), tmp_path / "pack")
+    parts = (
+        {"kind": "folder", "root": odd, "held_out_fraction": 0.4},
+        {"kind": "shards", "root": tmp_path / "pack"},
+    )
+    sources = tuple({"data": part} for part in parts)
+    splits = build_data(MixData.model_validate({"kind": "mix", "sources": sources}))
+    assert splits.held_out is not None
+    found = scan(splits, max_pixels=LIMIT)
+    assert found.train.images + len(splits.held_out) == 18
+    # Named by their source's number, since both sources have these names; the link once.
+    reasons = Counter((item.name, item.reason) for item in found.broken)
+    assert reasons[("0/cat/link.png", "a link to nothing")] == 1
+    assert sum(name.endswith("broken.png") for name, _ in reasons.elements()) == 2
+    # All that the folder holds out is among the shards.
+    readable = [splits.held_out.name(row) for row in range(len(splits.held_out))]
+    assert {leak.name for leak in found.leaks} == {
+        name for name in readable if not name.endswith("broken.png")
+    }
+
+
+def test_parquet_files_are_scanned_by_name(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    contents = [saved(tmp_path / f"{number}.png", number) for number in (0, 1, 0)]
+    parquet.write_table(
+        arrow.table({"image": [{"bytes": content, "path": None} for content in contents]}),
+        tmp_path / "some.parquet",
+    )
+    code, text, _ = invoke(str(tmp_path / "some.parquet"))
+    assert code == 0
+    assert "1 training images with the bytes of an earlier one" in text
+
+
+def test_empty_classes_and_classes_of_one_part_are_named(photos: Path) -> None:
+    (photos / "train/empty").mkdir()
+    saved(photos / "val/bird/x.png", 30)
+    _, text, _ = invoke(str(photos))
+    assert "            2 classes without training images: bird, empty" in text.splitlines()
+    assert "            1 class without held-out images: empty" in text.splitlines()
+
+
+def test_npz_files_are_scanned(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 20, 20), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=pixels)
+    code, text, _ = invoke(str(tmp_path / "x.npz"))
+    assert code == 0
+    assert "classes     none: the images have no labels" in text
+
+
+def test_torch_is_not_needed(photos: Path) -> None:
+    code = (
+        "import sys\n"
+        "from bigsimclr.cli import app\n"
+        f"sys.argv[1:] = ['data', 'scan', {str(photos / 'train')!r}]\n"
+        "try:\n    app()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert not {'torch', 'sklearn', 'matplotlib', 'pyarrow'} & sys.modules.keys()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
