@@ -35,6 +35,7 @@ EXTRAS: Final = {
     "deepspeed": ("deepspeed",),
     "dali": ("nvidia-dali-cuda130",),
     "dali-cuda12": ("nvidia-dali-cuda120",),
+    "turbo": ("simplejpeg",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "bench": ("lightly",),
 }
