@@ -247,18 +247,24 @@ def measure(ways: list[Way], *, count: int, rounds: int) -> list[dict[str, objec
     return rows
 
 
+def installed() -> list["Decoder"]:
+    """Return the decoders that this machine has."""
+    found: list[Decoder] = ["pillow"]
+    if importlib.util.find_spec("simplejpeg") is not None:
+        found.append("turbo")
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+        found.append("dali")
+    return found
+
+
 def ways_of(folder: Path, scratch: Path, batch: int) -> list[Way]:
     found: list[Way] = []
     opened = sources(folder, scratch)
     for workers in (1, 2):
         read = partial(by_torch, files_in(folder), workers, batch)
         found.append(Way("torch + PIL", "folder", workers, read))
-        own: list[tuple[Decoder, str]] = [("pillow", name) for name in opened]
-        if importlib.util.find_spec("simplejpeg") is not None:
-            own += [("turbo", name) for name in opened]
-        if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
-            own.append(("dali", "folder"))
-        for decoder, name in own:
+        pairs = [(decoder, name) for decoder in installed() for name in opened]
+        for decoder, name in pairs:
             read = partial(by_ours, opened[name], Means(workers=workers, decoder=decoder), batch)
             found.append(Way(decoder, name, workers, read))
     return found

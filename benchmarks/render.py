@@ -3,7 +3,7 @@
     python -m benchmarks.render
 
 A result file is NAME.json or NAME-anything.json, NAME being a benchmark below. Nothing else goes
-into the page, and equal files give an equal page; `benchmarks.tables` says what is in its tables.
+into the page, and equal files give an equal page; `benchmarks.parts` says what is in it.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.tables import BENCHMARKS, Benchmark, Result, Row
+from benchmarks.parts import BENCHMARKS, Benchmark
+from benchmarks.tables import Result, Row
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"

@@ -1,8 +1,7 @@
-"""What `benchmarks.render` takes from each benchmark's result file."""
+"""What `benchmarks.parts` takes from each benchmark's result file: tables, and times to plot."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 Result = dict[str, Any]
@@ -10,20 +9,6 @@ Row = dict[str, Any]
 # Caption or nothing; rows; for each heading the keys that lead to its value, with dots between.
 Table = tuple[str, list[Row], Mapping[str, str]]
 Times = dict[str, dict[str, float]]  # by group and method, in a unit of the group
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A part of the page."""
-
-    name: str  # of the module, and what its result files begin with
-    title: str
-    text: str  # what the figures are, and to whom the ratios compare
-    tables: Callable[[Result], list[Table]]
-    # For the plot: the first of ours that a group has, compared with each of the others.
-    times: Callable[[Result], Times] = lambda _: {}
-    ours: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
 
 
 # --- loss ------------------------------------------------------------------------------------
@@ -49,7 +34,7 @@ _LOSS = {
 }
 
 
-def _loss(result: Result) -> list[Table]:
+def loss(result: Result) -> list[Table]:
     wrong = result["relative_errors_against_float64"]
 
     def row(found: Row) -> Row:
@@ -68,7 +53,7 @@ def _loss(result: Result) -> list[Table]:
     ]
 
 
-def _loss_times(result: Result) -> Times:
+def loss_times(result: Result) -> Times:
     found: Times = defaultdict(dict)
     threads = min(row.get("threads", 0) for row in result["results"])
     for row in result["results"]:
@@ -95,7 +80,7 @@ _OPTIMIZER = {
 }
 
 
-def _optimizer(result: Result) -> list[Table]:
+def optimizer(result: Result) -> list[Table]:
     wrong = result["largest_errors_against_float64"]
     rows = [
         {
@@ -110,7 +95,7 @@ def _optimizer(result: Result) -> list[Table]:
     return [("", rows, _OPTIMIZER)]
 
 
-def _optimizer_times(result: Result) -> Times:
+def optimizer_times(result: Result) -> Times:
     rows = result["results"][0]["methods"]
     group = f"LARS of {result['settings']['model']}"
     return {group: {row["method"]: row["median_milliseconds"] for row in rows}}
@@ -128,13 +113,13 @@ _AUGMENT = {
 }
 
 
-def _augment(result: Result) -> list[Table]:
+def augment(result: Result) -> list[Table]:
     wrong = result["largest_differences_from_float64"]
     rows = [{**row, "error": wrong.get(row["method"])} for row in result["results"]]
     return [("", rows, _AUGMENT)]
 
 
-def _augment_times(result: Result) -> Times:
+def augment_times(result: Result) -> Times:
     key = "median_microseconds_per_view"
     return {"views": {row["method"]: row[key] for row in result["results"]}}
 
@@ -155,7 +140,7 @@ _STEP = {
 }
 
 
-def _step(result: Result) -> list[Table]:
+def step(result: Result) -> list[Table]:
     rows = [
         {
             **{key: case[key] for key in ("model", "batch", "size")},
@@ -170,7 +155,7 @@ def _step(result: Result) -> list[Table]:
     return [("", rows, _STEP)]
 
 
-def _step_times(result: Result) -> Times:
+def step_times(result: Result) -> Times:
     return {
         f"step of {case['model']}": {
             method: 1 / row["images_per_second"]
@@ -208,7 +193,7 @@ _REACHED = {
 }
 
 
-def _roofline(result: Result) -> list[Table]:
+def roofline(result: Result) -> list[Table]:
     tables: list[Table] = [("", result["networks"], _ROOFLINE)]
     if "measured" in result:
         caption = f"Of this, `{result['measured']['command']}` reached"
@@ -229,7 +214,7 @@ _SCALING = {
 }
 
 
-def _scaling(result: Result) -> list[Table]:
+def scaling(result: Result) -> list[Table]:
     return [("", result["measured"], _SCALING)]
 
 
@@ -252,12 +237,12 @@ _NORM_ACT_LAYERS = {
 }
 
 
-def _norm_act(result: Result) -> list[Table]:
+def norm_act(result: Result) -> list[Table]:
     totals = [{"method": way, **ms} for way, ms in result["network_milliseconds"].items()]
     return [("", totals, _NORM_ACT), ("Each layer", result["layers"], _NORM_ACT_LAYERS)]
 
 
-def _norm_act_times(result: Result) -> Times:
+def norm_act_times(result: Result) -> Times:
     ways = result["network_milliseconds"].items()
     return {"batch norm": {way: sum(both.values()) for way, both in ways}}
 
@@ -275,11 +260,11 @@ _SELECT = {
 }
 
 
-def _select(result: Result) -> list[Table]:
+def select(result: Result) -> list[Table]:
     return [("", result["results"], _SELECT)]
 
 
-def _select_times(result: Result) -> Times:
+def select_times(result: Result) -> Times:
     found: Times = defaultdict(lambda: defaultdict(float))
     for row in result["results"]:
         found[f"selective kernels of {row['network']}"][row["way"]] += row["median_ms"]
@@ -309,9 +294,25 @@ _LOADER_TRAINING = {
 }
 
 
-def _loader(result: Result) -> list[Table]:
+def loader(result: Result) -> list[Table]:
     training = "Training with one worker, and with one batch again and again"
     return [("", result["results"], _LOADER), (training, [result["training"]], _LOADER_TRAINING)]
+
+
+# --- agreement -------------------------------------------------------------------------------
+
+_AGREEMENT = {
+    "decoder": "decoder",
+    "images": "images",
+    "same order, boxes, flips": "views_equal",
+    "mean difference": "mean_steps",
+    "share within two": "share_within_two_steps",
+    "most": "most_steps",
+}
+
+
+def agreement(result: Result) -> list[Table]:
+    return [("", result["results"], _AGREEMENT)]
 
 
 # --- digits ----------------------------------------------------------------------------------
@@ -325,98 +326,5 @@ _DIGITS = {
 }
 
 
-def _digits(result: Result) -> list[Table]:
+def digits(result: Result) -> list[Table]:
     return [("", result["label_efficiency"], _DIGITS)]
-
-
-BENCHMARKS = (
-    Benchmark(
-        "loss",
-        "NT-Xent, forward and backward",
-        "float32 inputs. dense, chunked and fused are ours; strong is PyTorch's cross-entropy, in "
-        "bf16 and compiled; the others are lightly, pytorch-metric-learning and solo-learn's "
-        "formula. Ratios are a row's time or memory over that of the named peer: below 1 is "
-        "better than it. tile-wise is what Inf-CL published, in plain PyTorch.",
-        _loss,
-        _loss_times,
-        ("fused-bf16", "chunked"),
-        ("dense", "lightly", "solo", "strong"),
-    ),
-    Benchmark(
-        "optimizer",
-        "LARS, one update",
-        "plain, fused, captured and copying are ours; loop is solo-learn's formula; sgd is "
-        "PyTorch's, which has no norms to compute. Ratios are a row's time over lightly's.",
-        _optimizer,
-        _optimizer_times,
-        ("fused", "plain"),
-        ("lightly", "loop", "apex", "sgd"),
-    ),
-    Benchmark(
-        "augment",
-        "Two views of an image of 224 pixels",
-        "plain and fused are ours; per image and batched are how other pipelines do it; kornia is "
-        "the library. Ratios are a row's time over ours in plain PyTorch.",
-        _augment,
-        _augment_times,
-        ("fused bf16", "fused", "plain"),
-        ("per image", "batched", "kornia"),
-    ),
-    Benchmark(
-        "step",
-        "Whole training steps",
-        "strong is PyTorch in channels_last, autocast and compiled; lightly and solo are those "
-        "libraries' loops. The ratio is our throughput over that of the row.",
-        _step,
-        _step_times,
-        ("ours",),
-        ("strong", "lightly", "solo"),
-    ),
-    Benchmark(
-        "roofline",
-        "What the hardware allows",
-        "Counted, not measured: the images per second of one GPU, each kernel at the larger of its "
-        "times for FLOPs and for bytes, by how much is fused.",
-        _roofline,
-    ),
-    Benchmark(
-        "scaling",
-        "Several processes on this machine's cores",
-        "Efficiency is throughput over that of as many single processes. The file has a model of "
-        "many GPUs besides, which is no measurement.",
-        _scaling,
-    ),
-    Benchmark(
-        "norm_act",
-        "Batch norm with ReLU and sum, of a ResNet-50",
-        "fused is ours; eager and compiled are PyTorch's. Shares are of the speed of a copy.",
-        _norm_act,
-        _norm_act_times,
-        ("fused",),
-        ("eager", "compiled"),
-    ),
-    Benchmark(
-        "select",
-        "Selective kernels between their convolutions",
-        "fused is ours; eager and compiled are the plain code. Ratios are a row's time over eager.",
-        _select,
-        _select_times,
-        ("fused",),
-        ("eager", "compiled"),
-    ),
-    Benchmark(
-        "loader",
-        "Reading photographs: two crops of 224 pixels of each",
-        "torch + PIL is a DataLoader with the usual transforms, written from torchvision's "
-        "definition; pillow, turbo and dali are ours, dali here on the CPU. The ratio of images/s "
-        "is the median of the rounds', a row over torch + PIL with as many workers; CPU is of all "
-        "processes.",
-        _loader,
-    ),
-    Benchmark(
-        "digits",
-        "Few labels on the bundled digits",
-        "Accuracy on held-out images; supervised is the same network trained from scratch.",
-        _digits,
-    ),
-)
