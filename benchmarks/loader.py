@@ -130,16 +130,18 @@ class Way:
 
 
 def by_torch(files: list[Path], workers: int, batch: int, count: int) -> Iterator[int]:
+    # One stream of just these images, as ours: no worker starts again, or works in vain.
+    wanted = math.ceil(count / batch) * batch
+    rounds = math.ceil(wanted / len(files))
+    shown = torch.cat([torch.randperm(len(files)) for _ in range(rounds)])[:wanted].tolist()
     batches = DataLoader(
-        Photographs(files), batch_size=batch, shuffle=True, num_workers=workers, drop_last=True
+        Photographs(files),
+        batch_size=batch,
+        sampler=shown,
+        num_workers=workers,
     )
-    seen = 0
-    while seen < count:
-        for first, _ in batches:
-            seen += len(first)
-            yield len(first)
-            if seen >= count:
-                return
+    for first, _ in batches:
+        yield len(first)
 
 
 def loader_of(source: Source, batch: int, means: Means, settings: ViewSettings) -> Loader:
@@ -216,8 +218,11 @@ def measure(ways: list[Way], *, count: int, rounds: int) -> list[dict[str, objec
     for number in range(rounds):
         for way in ways if number % 2 == 0 else reversed(ways):
             used, begin = cpu_seconds(), time.perf_counter()
-            images = sum(way.read(count))
-            rates[way].append(images / (time.perf_counter() - begin))
+            images, last = 0, begin
+            for size in way.read(count):
+                images, last = images + size, time.perf_counter()
+            rates[way].append(images / (last - begin))
+            # That of workers is known when they have ended.
             costs[way].append((cpu_seconds() - used) / images)
     rows: list[dict[str, object]] = []
     print(
@@ -352,6 +357,8 @@ def main() -> None:
             folder = scratch / "images"
             generate(folder)
         files = files_in(folder)
+        if len(files) != len(training_folder(folder, ".", labelled=False)):
+            parser.error(f"{folder}: not all of its images are JPEGs")
         ways = ways_of(folder, scratch, options.batch)
         rows = measure(ways, count=options.count, rounds=options.rounds)
         trained = training(
