@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -26,7 +25,7 @@ Integers = NDArray[np.int64]
 T = TypeVar("T")
 
 _MOST_SUBSTITUTES = 100  # tries before an image is given up; each try is another image
-_DECODED_PIXELS = 1 << 24  # decoded pixels held at once while a chunk is read (48 MiB)
+_HELD_PIXELS = 1 << 24  # held at once while a chunk is read, encoded or decoded (48 MiB)
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,14 @@ class ChunkReader(Dataset[Chunk]):
             out: float32 [V, n, 3, H, W] with n at least the chunk's images; the first of them are
                 filled.
         """
+        reading, positions = self.reading, self.cut.piece(number)
         try:
-            return _read_chunk(self.reading, self.cut.piece(number), out)
+            try:
+                return _read_chunk(reading, positions, out, late=True)
+            except UnreadableImageError:
+                return _read_chunk(reading, positions, out, late=False)
         except BigSimCLRError as error:
-            return nothing(self.reading, str(error))
+            return nothing(reading, str(error))
 
 
 def nothing(reading: Reading, failure: str) -> Chunk:
@@ -113,15 +116,8 @@ def image_at(
     Raises:
         UnreadableImageError: it cannot be read or decoded.
     """
-    content = _content(source, index)
-    if turbo:
-        from bigsimclr.data.turbo import decode_plain
-
-        found = decode_unless_plain(content, max_pixels=max_pixels)
-        pixels = decode_plain(found) if isinstance(found, Jpeg) else found
-        if pixels is not None:
-            return pixels
-    return decode(content, max_pixels=max_pixels)
+    image = image_or_jpeg_at(source, index, max_pixels=max_pixels)
+    return _pixels(image, max_pixels=max_pixels, turbo=turbo)
 
 
 def image_or_jpeg_at(source: Source, index: int, *, max_pixels: int) -> NDArray[np.uint8] | Jpeg:
@@ -131,6 +127,18 @@ def image_or_jpeg_at(source: Source, index: int, *, max_pixels: int) -> NDArray[
         UnreadableImageError: it cannot be read or decoded.
     """
     return decode_unless_plain(_content(source, index), max_pixels=max_pixels)
+
+
+def _pixels(image: NDArray[np.uint8] | Jpeg, *, max_pixels: int, turbo: bool) -> NDArray[np.uint8]:
+    if not isinstance(image, Jpeg):
+        return image
+    if turbo:
+        from bigsimclr.data.turbo import decode_plain
+
+        pixels = decode_plain(image)
+        if pixels is not None:
+            return pixels
+    return decode(image.encoded, max_pixels=max_pixels)
 
 
 def _content(source: Source, index: int) -> bytes | NDArray[np.uint8]:
@@ -207,18 +215,31 @@ def crop(
         crop_resize_one(image, draws.boxes[view, row], reading.settings.resize, out=out[view])
 
 
-def _read_chunk(reading: Reading, positions: Integers, out: Tensor) -> Chunk:
+def _read_chunk(reading: Reading, positions: Integers, out: Tensor, *, late: bool) -> Chunk:
+    """Read some images, and decode plain JPEGs late: a crop is cheaper of pixels just decoded.
+
+    Views are drawn before that, so nothing can stand any more for a JPEG that turns out to be
+    damaged behind its header.
+
+    Raises:
+        UnreadableImageError: there is one, and it was to be decoded late.
+    """
     shown: list[int] = []
     draws: list[Draws] = []
     unreadable: dict[str, str] = {}
     group = _Group()
-    read = partial(image_at, reading.source, max_pixels=reading.max_pixels, turbo=reading.turbo)
+
+    def read(index: int) -> NDArray[np.uint8] | Jpeg:
+        if late:
+            return image_or_jpeg_at(reading.source, index, max_pixels=reading.max_pixels)
+        return image_at(reading.source, index, max_pixels=reading.max_pixels, turbo=reading.turbo)
 
     def finish_group() -> None:
         own = draws_for(reading, group.asked, [image.shape[:2] for image in group.images])
         for row, image in enumerate(group.images):
             at = len(shown) - len(group.images) + row
-            crop(reading, image, own, row, out=out[:, at])
+            pixels = _pixels(image, max_pixels=reading.max_pixels, turbo=reading.turbo)
+            crop(reading, pixels, own, row, out=out[:, at])
         draws.append(own)
 
     for epoch, index in wanted(reading, positions):
@@ -227,7 +248,7 @@ def _read_chunk(reading: Reading, positions: Integers, out: Tensor) -> Chunk:
             continue
         shown.append(found[0])
         group.add((epoch, index), found[1])
-        if group.pixels > _DECODED_PIXELS:
+        if group.pixels > _HELD_PIXELS:
             finish_group()
             group = _Group()
     if group.images:
@@ -237,14 +258,14 @@ def _read_chunk(reading: Reading, positions: Integers, out: Tensor) -> Chunk:
 
 
 class _Group:
-    """Decoded images whose views are drawn together."""
+    """Images whose views are drawn together."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
-        self.images: list[NDArray[np.uint8]] = []
+        self.images: list[NDArray[np.uint8] | Jpeg] = []
         self.pixels = 0
 
-    def add(self, asked: tuple[int, int], image: NDArray[np.uint8]) -> None:
+    def add(self, asked: tuple[int, int], image: NDArray[np.uint8] | Jpeg) -> None:
         self.asked.append(asked)
         self.images.append(image)
         self.pixels += image.shape[0] * image.shape[1]
