@@ -23,6 +23,7 @@ loses to the loader where the network is the slower of the two.
 import argparse
 import importlib.util
 import io
+import itertools
 import json
 import math
 import resource
@@ -268,8 +269,9 @@ def ways_of(folder: Path, scratch: Path, batch: int) -> list[Way]:
     for workers in (1, 2):
         read = partial(by_torch, files_in(folder), workers, batch)
         found.append(Way("torch + PIL", "folder", workers, read))
-        pairs = [(decoder, name) for decoder in installed() for name in opened]
-        for decoder, name in pairs:
+        for decoder, name in itertools.product(installed(), opened):
+            if decoder == "dali" and name != "folder":
+                continue  # workers read for it, as they do for the others
             read = partial(by_ours, opened[name], Means(workers=workers, decoder=decoder), batch)
             found.append(Way(decoder, name, workers, read))
     return found

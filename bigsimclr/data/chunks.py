@@ -77,10 +77,11 @@ class ChunkReader(Dataset[Chunk]):
 
     @override
     def __getitem__(self, number: int) -> Chunk:
-        """Read chunk `number` into its slot."""
+        """Read chunk `number` into its part of its step's slot."""
         if self.slots is None:
             raise AssertionError("only worker processes ask for items, and they have slots")
-        return self.read(number, self.slots.of(number))
+        step, piece = divmod(number, self.cut.chunks_per_step)
+        return self.read(number, self.slots.of(step)[:, piece * self.cut.chunk :])
 
     @torch.inference_mode()
     def read(self, number: int, out: Tensor) -> Chunk:

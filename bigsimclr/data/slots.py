@@ -11,29 +11,60 @@ from torch import Tensor
 
 Floats = NDArray[np.float32]
 
+_SPARE = 3  # places of steps that are used: two by whoever reads, one that is handed over
 _KEPT = 3  # one that is read, one that waits for a device, one that is filled
 
 
 class Slots:
-    """A ring of equal places, shared with the worker processes that this one forks later.
+    """Places for the pixels of steps, shared with worker processes that this one forks later.
 
-    Piece `number` of a stream is written to place `number` modulo the places. The memory has no
-    file: the size of /dev/shm, which containers keep small, does not limit it.
+    Workers write a step where it is then read: nothing is copied, as long as whoever reads keeps no
+    more than a step or two. A place is written again when nothing refers to it any more. The memory
+    has no file: the size of /dev/shm, which containers keep small, does not limit it.
 
     Args:
-        count: places; as many as the pieces that may be under way, waiting or used.
-        shape: of the float32 pixels in each place.
+        under_way: steps that may be open at once.
+        shape: of the float32 pixels of a step.
     """
 
-    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
-        floats = math.prod((count, *shape))
-        self._places = torch.frombuffer(mmap.mmap(-1, 4 * floats), dtype=torch.float32).view(
-            count, *shape
-        )
+    def __init__(self, under_way: int, shape: tuple[int, ...]) -> None:
+        size = 4 * math.prod(shape)
+        self._places = [
+            np.frombuffer(mmap.mmap(-1, size), np.float32) for _ in range(under_way + _SPARE)
+        ]
+        # By step modulo their number. Workers look it up when they write.
+        self._chosen = np.frombuffer(mmap.mmap(-1, 8 * under_way), np.int64)
+        self._open: set[int] = set()
+        self._shape = shape
 
-    def of(self, number: int) -> Tensor:
-        """Return the place of piece `number`."""
-        return self._places[number % len(self._places)]
+    def open(self, step: int) -> None:
+        """Choose the place of a step, before it is given to anybody to write."""
+        place = self._free()[0]
+        self._chosen[step % len(self._chosen)] = place
+        self._open.add(place)
+
+    def of(self, step: int) -> Tensor:
+        """Return the place of an open step."""
+        return torch.from_numpy(self._places[self._at(step)]).view(self._shape)
+
+    def close(self, step: int) -> Tensor:
+        """Return the pixels of a step that is written; they are the caller's from now on."""
+        pixels = self.of(step)
+        self._open.discard(self._at(step))
+        # The next step to be opened needs a place.
+        return pixels if self._free() else pixels.clone()
+
+    def _at(self, step: int) -> int:
+        return int(self._chosen[step % len(self._chosen)])
+
+    def _free(self) -> list[int]:
+        # Every tensor that looks at a place holds a reference to it; the others are the list's and
+        # the argument's.
+        return [
+            place
+            for place in range(len(self._places))
+            if place not in self._open and sys.getrefcount(self._places[place]) == 2
+        ]
 
 
 class Recycled:

@@ -1,7 +1,8 @@
 """The chunks of a stream put together: read in this process, by workers, or decoded by DALI."""
 
+import math
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,25 +62,17 @@ def read_steps(
     The pixels are float32 [V, b, 3, H, W], b the images that were readable: on the device where
     DALI decodes, else on the host, and pinned where the device is a GPU.
     """
-    chunks = steps * cut.chunks_per_step
-    with closing(_filler(reading, cut, chunks, means)) as filler:
-        rooms = _rooms(means)
-        side = reading.settings.image_size
+    with closing(_filler(reading, cut, steps, means)) as filler:
+        rooms = _Rooms(reading, means)
         for step in range(steps):
-            pixels = rooms.take((reading.views, len(cut.step(step)), 3, side, side))
-            read: list[Chunk] = []
-            filled = 0
-            for _ in range(cut.chunks_per_step):
-                read.append(filler.fill(pixels[:, filled:]))
-                filled += len(read[-1])
-            yield read, pixels[:, :filled]
+            yield filler.fill(rooms, len(cut.step(step)))
 
 
 class _Filler(Protocol):
-    """Chunks in order, written where they are wanted."""
+    """Steps in order, their pixels where they are wanted."""
 
-    def fill(self, room: Tensor) -> Chunk:
-        """Write the next chunk to the first images of `room` [V, n, 3, H, W]."""
+    def fill(self, rooms: "_Rooms", images: int) -> tuple[list[Chunk], Tensor]:
+        """Return what is known of the next step, and pixels [V, b, 3, H, W] of b <= `images`."""
         ...
 
     def close(self) -> None:
@@ -87,43 +80,58 @@ class _Filler(Protocol):
         ...
 
 
-def _filler(reading: Reading, cut: Cut, chunks: int, means: Means) -> _Filler:
+def _filler(reading: Reading, cut: Cut, steps: int, means: Means) -> _Filler:
     ahead = means.prefetch_batches * cut.chunks_per_step
     if means.decoder == "dali":
-        return _ByDali(reading, cut, chunks, ahead=ahead, means=means)
+        return _ByDali(reading, cut, steps, ahead=ahead, means=means)
     if means.workers:
-        return _ByWorkers(reading, cut, chunks, workers=means.workers, ahead=ahead)
-    return _Here(reading, cut, chunks)
+        return _ByWorkers(reading, cut, steps, ahead=ahead, means=means)
+    return _Here(reading, cut, steps)
 
 
-class _Rooms(Protocol):
-    def take(self, shape: tuple[int, ...]) -> Tensor: ...
+def _filled(
+    fill: Callable[[Tensor], Chunk], chunks: int, room: Tensor
+) -> tuple[list[Chunk], Tensor]:
+    """Put chunks one behind the other into a room, each as long as it turns out to be."""
+    read: list[Chunk] = []
+    filled = 0
+    for _ in range(chunks):
+        read.append(fill(room[:, filled:]))
+        filled += len(read[-1])
+    return read, room[:, :filled]
 
 
-class _Fresh:
-    """Memory that PyTorch uses again by itself, for pixels on a GPU or on their way to it."""
+class _Rooms:
+    """Memory for the pixels of a step."""
 
-    def __init__(self, means: Means) -> None:
+    def __init__(self, reading: Reading, means: Means) -> None:
+        self._views, self._side = reading.views, reading.settings.image_size
         self._means = means
+        self._recycled = Recycled()
 
-    def take(self, shape: tuple[int, ...]) -> Tensor:
+    def take(self, images: int) -> Tensor:
+        """Return float32 [V, images, 3, H, W] of any content."""
+        shape = (self._views, images, 3, self._side, self._side)
+        # PyTorch itself uses memory of a GPU, and pinned memory, again.
+        if self._means.device.type != "cuda":
+            return self._recycled.take(shape)
         if self._means.decoder == "dali":
             return torch.empty(shape, device=self._means.device)
         return torch.empty(shape, pin_memory=True)
 
 
-def _rooms(means: Means) -> _Rooms:
-    return _Fresh(means) if means.device.type == "cuda" else Recycled()
-
-
 class _Here:
     """Reads chunks in this process."""
 
-    def __init__(self, reading: Reading, cut: Cut, chunks: int) -> None:
-        self._reader = ChunkReader(reading, cut, chunks, None)
+    def __init__(self, reading: Reading, cut: Cut, steps: int) -> None:
+        self._chunks = cut.chunks_per_step
+        self._reader = ChunkReader(reading, cut, steps * self._chunks, None)
         self._next = 0
 
-    def fill(self, room: Tensor) -> Chunk:
+    def fill(self, rooms: _Rooms, images: int) -> tuple[list[Chunk], Tensor]:
+        return _filled(self._chunk, self._chunks, rooms.take(images))
+
+    def _chunk(self, room: Tensor) -> Chunk:
         self._next += 1
         return self._reader.read(self._next - 1, room)
 
@@ -132,24 +140,38 @@ class _Here:
 
 
 class _ByWorkers:
-    """Copies what worker processes have put into their slots."""
+    """Hands on what worker processes have put into their slots."""
 
-    def __init__(
-        self, reading: Reading, cut: Cut, chunks: int, *, workers: int, ahead: int
-    ) -> None:
-        side = reading.settings.image_size
-        # The chunk that is copied is the first of them: its place is given on after the copy.
-        places = under_way(workers=workers, ahead=ahead)
-        self._slots = Slots(places, (reading.views, cut.chunk, 3, side, side))
-        reader = ChunkReader(reading, cut, chunks, self._slots)
-        self._arriving = from_workers(reader, chunks, workers=workers, ahead=ahead)
-        self._next = 0
+    def __init__(self, reading: Reading, cut: Cut, steps: int, *, ahead: int, means: Means) -> None:
+        self._cut, self._steps = cut, steps
+        self._is_pinned = means.device.type == "cuda"
+        side, chunks = reading.settings.image_size, cut.chunks_per_step
+        # From the first chunk of a step on; the last ones belong to a step behind those.
+        window = under_way(workers=means.workers, ahead=ahead)
+        self._under_way = math.ceil(window / chunks) + 1
+        room = (reading.views, cut.high - cut.low, 3, side, side)
+        self._slots = Slots(self._under_way, room)
+        reader = ChunkReader(reading, cut, steps * chunks, self._slots)
+        self._arriving = from_workers(reader, steps * chunks, workers=means.workers, ahead=ahead)
+        self._opened = self._next = 0
 
-    def fill(self, room: Tensor) -> Chunk:
-        chunk = next(self._arriving)
-        room[:, : len(chunk)].copy_(self._slots.of(self._next)[:, : len(chunk)])
-        self._next += 1
-        return chunk
+    def fill(self, rooms: _Rooms, images: int) -> tuple[list[Chunk], Tensor]:
+        step, self._next = self._next, self._next + 1
+        while self._opened < min(self._steps, step + self._under_way):
+            self._slots.open(self._opened)
+            self._opened += 1
+        read = [next(self._arriving) for _ in range(self._cut.chunks_per_step)]
+        pixels = self._slots.close(step)
+        if not self._is_pinned and sum(map(len, read)) == pixels.shape[1]:
+            return read, pixels
+        arrived = iter(zip(read, pixels.split(self._cut.chunk, dim=1), strict=False))
+
+        def copied(room: Tensor) -> Chunk:
+            chunk, place = next(arrived)
+            room[:, : len(chunk)].copy_(place[:, : len(chunk)])
+            return chunk
+
+        return _filled(copied, len(read), rooms.take(images))
 
     def close(self) -> None:
         self._arriving.close()
@@ -158,9 +180,9 @@ class _ByWorkers:
 class _ByDali:
     """Lets DALI decode and crop the plain JPEGs that were read here or by workers."""
 
-    def __init__(
-        self, reading: Reading, cut: Cut, chunks: int, *, ahead: int, means: Means
-    ) -> None:
+    def __init__(self, reading: Reading, cut: Cut, steps: int, *, ahead: int, means: Means) -> None:
+        self._chunks = cut.chunks_per_step
+        chunks = steps * self._chunks
         reader = LateReader(reading, cut, chunks)
         self._arriving = (
             from_workers(reader, chunks, workers=means.workers, ahead=ahead)
@@ -178,7 +200,10 @@ class _ByDali:
             device=means.device,
         )
 
-    def fill(self, room: Tensor) -> Chunk:
+    def fill(self, rooms: _Rooms, images: int) -> tuple[list[Chunk], Tensor]:
+        return _filled(self._chunk, self._chunks, rooms.take(images))
+
+    def _chunk(self, room: Tensor) -> Chunk:
         while len(self._started) < _IN_HAND and (late := next(self._arriving, None)) is not None:
             if late.jpegs:
                 self._crops.start(late.jpegs, late.boxes)

@@ -2,8 +2,8 @@
 
 A worker shares no lock and no pipe with another, so that one which is killed, whatever it was
 doing, blocks nobody. It is replaced, and what it had been given is prepared again: a piece of work
-is a pure function of its number. Pixels do not go through the pipes; their place is known by the
-piece's number (`slots.Slots`), and nobody else writes there before the piece was used.
+is a pure function of its number. Pixels do not go through the pipes; `slots.Slots` knows their
+place by the piece's number, and nobody else writes there before the piece was used.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _TRIM_THRESHOLD: Final = -1  # M_TRIM_THRESHOLD
 _MMAP_THRESHOLD: Final = -3  # M_MMAP_THRESHOLD
 _KEPT_BYTES: Final = 256 << 20
+_OWN_BYTES: Final = 32 << 20  # the most that every glibc takes
 _TRIES: Final = 3  # deaths at one piece of work before it is given up
 _MOST_DEATHS: Final = 10  # in a row, without one piece of work done
 # A worker that another thread starts meanwhile would inherit the far end of the pipe, and hold it
@@ -219,8 +220,9 @@ def _keep_memory() -> None:
     # Images come and go by the megabyte; memory given back and asked for again costs a page fault
     # for every 4 KiB, together as much as a resize.
     with contextlib.suppress(OSError, AttributeError):  # no such call but in glibc
-        for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(threshold, _KEPT_BYTES)
+        options = ctypes.CDLL(None).mallopt
+        options(_MMAP_THRESHOLD, _OWN_BYTES)
+        options(_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _hand_over(

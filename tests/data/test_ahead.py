@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bigsimclr.data.ahead import one_ahead
 from bigsimclr.data.slots import Recycled, Slots
@@ -112,9 +113,52 @@ def test_recycled_memory_is_never_taken_from_a_reader() -> None:
     assert len({tensor.data_ptr() for tensor in kept}) == 10
 
 
-def test_slots_are_a_ring() -> None:
-    slots = Slots(3, (2, 2))
-    for number in range(6):
-        slots.of(number).fill_(number)
-    assert [slots.of(number)[0, 0].item() for number in (3, 4, 5)] == [3, 4, 5]
-    assert slots.of(2).data_ptr() == slots.of(5).data_ptr()
+def written(slots: Slots, step: int) -> Tensor:
+    """Open a step, write it and close it."""
+    slots.open(step)
+    slots.of(step).fill_(step)
+    return slots.close(step)
+
+
+def test_slots_are_handed_on_and_used_again() -> None:
+    slots = Slots(1, (2, 2))
+    places = set()
+    for step in range(50):
+        places.add(written(slots, step).data_ptr())
+    assert len(places) == 1
+    # Whoever reads may hold one while the next is written, and one more.
+    held = written(slots, 50)
+    kept = {held.data_ptr()}
+    for step in range(51, 60):
+        held = written(slots, step)
+        kept.add(held.data_ptr())
+    assert len(kept) == 2
+
+
+def test_a_slot_is_never_taken_from_a_reader() -> None:
+    slots = Slots(2, (2, 3))
+    slots.open(0)
+    kept = []
+    for step in range(40):
+        slots.open(step + 1)
+        slots.of(step + 1).fill_(step + 1)
+        if step:
+            # A part of a step keeps all of it.
+            kept.append((step, slots.close(step)[1]))
+        else:
+            slots.close(step)
+    assert all((row == step).all() for step, row in kept)
+    assert len({row.data_ptr() for _, row in kept}) == 39
+
+
+def test_no_step_is_copied_while_two_are_held() -> None:
+    slots = Slots(2, (4,))
+    slots.open(0)
+    before: list[Tensor] = []
+    for step in range(30):
+        slots.open(step + 1)
+        place = slots.of(step).data_ptr()
+        pixels = slots.close(step)
+        assert pixels.data_ptr() == place
+        before = [*before[-1:], pixels]
+        del pixels

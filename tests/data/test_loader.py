@@ -426,6 +426,8 @@ def test_a_stream_that_nobody_closes_does_not_keep_the_process(tmp_path: Path) -
         "    labels=source.labels, settings=ViewSettings(image_size=8), views=2, max_pixels=99)\n"
         "cut = Cut(first_example=0, step_examples=4, low=0, high=4, chunk=4)\n"
         "slots = Slots(4, (2, 4, 3, 8, 8))\n"
+        "for step in range(4):\n"
+        "    slots.open(step)\n"
         "stream = from_workers(ChunkReader(reading, cut, 99, slots), 99, workers=2, ahead=4)\n"
         "print(len(next(stream).indices))\n"
         "kept = [stream]\n"
