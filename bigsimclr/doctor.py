@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import bigsimclr
-from bigsimclr.errors import DistributedError
+from bigsimclr.errors import DistributedError, RecipeError
 from bigsimclr.launch.local import is_rank, run_ranks
 from bigsimclr.losses import build_loss
 from bigsimclr.models import Architecture, build_model
@@ -172,14 +172,27 @@ def check_ranks(ranks: int, tell: Callable[[str], object]) -> int:
         return run_ranks(ranks, ["doctor", "--dist", str(ranks)])
     with join_world() as world:
         worlds = [world]
-        if torch.cuda.device_count() >= ranks:
-            worlds.append(use_device(world, "cuda"))
+        on_gpus = _on_gpus(world)
+        if on_gpus is not None:
+            worlds.append(on_gpus)
+        elif world.rank == 0 and torch.cuda.is_available():
+            tell("GPUs are not compared: not every rank has one of its own")
         for where in worlds:
             shared = _averaged(compute(where, world.size), where)
             if world.rank == 0:
                 alone = compute(World(0, 1, where.device), world.size)
                 tell(compare(shared, alone, where))
     return 0
+
+
+def _on_gpus(world: World) -> World | None:
+    """Return this rank on its GPU; None on all ranks where one of them has none."""
+    try:
+        found = use_device(world, "cuda")
+    except RecipeError:
+        found = None
+    having = world.total(torch.tensor(float(found is not None)))
+    return found if having.item() == world.size else None
 
 
 def compute(world: World, ranks: int) -> Computed:

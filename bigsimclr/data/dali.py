@@ -7,21 +7,28 @@ border of a crop, where DALI repeats the edge and TensorFlow drops the taps outs
 steps in which the weights are tabulated.
 """
 
+import re
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bigsimclr.data.names import printable
+from bigsimclr.errors import DataError
+
+_NOT_THE_IMAGES: Final = re.compile("out of memory|cudaError|CUDA_ERROR")
+_MOST_TEXT: Final = 300  # characters of a message of DALI's
+
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
 
 class UndecodableError(Exception):
-    """One image of a chunk cannot be decoded; DALI does not say which."""
+    """One image of a chunk cannot be decoded; DALI does not say which. The text is DALI's."""
 
 
 class DaliCrops:
@@ -62,17 +69,21 @@ class DaliCrops:
 
         Raises:
             UndecodableError: an image of the chunk cannot be decoded; the chunk is given up.
+            DataError: the memory does not suffice, or the device has failed.
         """
         jpegs, _ = self._started.popleft()
         crops = torch.empty(self._views, len(jpegs), 3, self._side, self._side, device=self._device)
         try:
             self._collect(crops)
         except (RuntimeError, ValueError) as error:
+            text = printable(" ".join(str(error).split()))[:_MOST_TEXT]
+            if _NOT_THE_IMAGES.search(str(error)):
+                raise DataError(f"input.decoder: DALI fails; turbo needs no GPU: {text}") from error
             # After an error a pipeline is of no use any more, nor is what it had begun.
             self._pipeline = self._build()
             for chunk in self._started:
                 self._feed(*chunk)
-            raise UndecodableError from error
+            raise UndecodableError(text) from error
         return crops
 
     def _feed(self, jpegs: list[NDArray[np.uint8]], boxes: NDArray[np.int32]) -> None:

@@ -1,5 +1,6 @@
 """The chunks of a stream put together: read in this process, by workers, or decoded by DALI."""
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Generator
@@ -21,6 +22,8 @@ from bigsimclr.data.workers import from_workers, under_way
 # Small enough to keep all workers busy to the end of a step, large enough for few messages.
 _CHUNK_IMAGES = 64
 _CHUNK_BYTES = 8 << 20
+
+logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _IN_HAND = 2  # chunks that DALI has: one is decoded while the other is collected
@@ -191,6 +194,7 @@ class _ByDali:
         )
         self._judge = ChunkReader(reading, cut, chunks, None)
         self._next = 0
+        self._has_warned = False
         self._started: deque[LateChunk] = deque()
         self._crops = DaliCrops(
             views=reading.views,
@@ -213,16 +217,19 @@ class _ByDali:
         try:
             if late.jpegs:
                 room[:, late.jpeg_rows] = self._crops.finish()
-        except UndecodableError:
-            return self._judged(number, room)
+        except UndecodableError as error:
+            return self._judged(number, room, said=str(error))
         for row, views in zip(late.crop_rows, late.crops, strict=True):
             room[:, row] = torch.from_numpy(views).to(room.device)
         return late.chunk
 
-    def _judged(self, number: int, room: Tensor) -> Chunk:
+    def _judged(self, number: int, room: Tensor, *, said: str) -> Chunk:
         """Read the whole chunk as if DALI were not there: it does not say which image it was."""
         here = room if room.device.type == "cpu" else torch.empty(room.shape)
         chunk = self._judge.read(number, here)
+        if not chunk.unreadable and not self._has_warned:
+            self._has_warned = True
+            logger.warning("DALI refuses images that Pillow reads, which is slower: %s", said)
         if here is not room:
             room[:, : len(chunk)] = here[:, : len(chunk)].to(room.device)
         return chunk

@@ -20,7 +20,7 @@ from bigsimclr.data.decoders import choose_decoder
 from bigsimclr.data.folder import FolderSource, training_folder
 from bigsimclr.data.loader import Batch, Loader, evaluation_batches, view_hash
 from bigsimclr.data.steps import Means
-from bigsimclr.errors import MissingExtraError, RecipeError
+from bigsimclr.errors import DataError, MissingExtraError, RecipeError
 from tests.data.test_real_images import DATA, SHARDS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -242,6 +242,40 @@ def test_a_chunk_that_cannot_be_decoded_spoils_no_other() -> None:
     with pytest.raises(UndecodableError):
         several.finish()
     assert torch.equal(several.finish(), expected)
+
+
+@needs_dali
+def test_a_device_that_fails_is_no_image_that_cannot_be_decoded() -> None:
+    class Exhausted(DaliCrops):
+        def _collect(self, _: torch.Tensor) -> None:
+            raise RuntimeError(
+                "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory"
+            )
+
+    crops = Exhausted(views=1, side=16, most=4, threads=1, device=CPU)
+    crops.start([np.frombuffer(encoded(smooth(0)), np.uint8)], np.array([[[0, 0, 9, 9]]], np.int32))
+    with pytest.raises(DataError, match=r"input\.decoder: DALI fails.* \(2\): out of memory"):
+        crops.finish()
+
+
+@needs_dali
+def test_an_image_that_only_pillow_reads_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = folder(tmp_path / "images", corpus())
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(self: DaliCrops, crops: torch.Tensor) -> None:
+            raise RuntimeError("Unrecognized image format")
+
+        patch.setattr(DaliCrops, "_collect", refuse)
+        found, unreadable = read(source, steps=3)
+    assert not unreadable
+    assert torch.equal(found.pixels, read(source, steps=3, decoder="pillow")[0].pixels)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        "DALI refuses images that Pillow reads, which is slower: Unrecognized image format"
+    ]
 
 
 @needs_dali
