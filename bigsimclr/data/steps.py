@@ -149,7 +149,7 @@ class _ByWorkers:
         self._cut, self._steps = cut, steps
         self._is_pinned = means.device.type == "cuda"
         side, chunks = reading.settings.image_size, cut.chunks_per_step
-        # From the first chunk of a step on; the last ones belong to a step behind those.
+        # While the last chunk of a step is awaited, those of so many steps have been given out.
         window = under_way(workers=means.workers, ahead=ahead)
         self._under_way = math.ceil(window / chunks) + 1
         room = (reading.views, cut.high - cut.low, 3, side, side)
