@@ -58,6 +58,8 @@ def scan_text(found: Scan, *, shown: int, bits: int) -> str:
         note = f" ({'; '.join(notes)})" if notes else ""
         lines.append(row(heading, f"{len(copies):,} {who} {what}{note}"))
         lines += named_few(copies, shown, _copy)
+    if found.not_compared:
+        lines.append(row("", f"{found.not_compared:,} too small or too plain to compare by look"))
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,7 +58,7 @@ def data_scan(
     """Open every image: broken ones, sizes, classes, copies, leaks.
 
     A leak is a held-out image with the bytes of a training image, or one that looks like it by a
-    perceptual hash; images under 16 pixels and plain ones are compared by their bytes alone.
+    perceptual hash; images under 32 pixels and plain ones are compared by their bytes alone.
 
     Exit code 3 where an image is broken or leaks, else 0; copies among training images are told.
     """
@@ -65,21 +66,23 @@ def data_scan(
     from bigsimclr.data.processes import cores
     from bigsimclr.data.scan import scan
     from bigsimclr.errors import DataError
+    from bigsimclr.storage import whole_file
 
     opened = _opened(images, overrides or [])
-    found = scan(
-        opened.splits,
-        max_pixels=opened.max_pixels,
-        workers=cores() if workers is None else workers,
-        most_differing_bits=bits,
-        tell=_progress("scanned", opened.count),
-    )
-    if out is not None:
-        _write_findings(found, out)
-    if as_json:
-        print(json.dumps(asdict(found) | {"is_clean": found.is_clean}, indent=2))
-    else:
-        print(scan_text(found, shown=show, bits=bits))
+    with nullcontext() if out is None else whole_file(out, overwrite=False) as listed:
+        found = scan(
+            opened.splits,
+            max_pixels=opened.max_pixels,
+            workers=cores() if workers is None else workers,
+            most_differing_bits=bits,
+            tell=_progress("scanned", opened.count),
+        )
+        if as_json:
+            print(json.dumps(asdict(found) | {"is_clean": found.is_clean}, indent=2))
+        else:
+            print(scan_text(found, shown=show, bits=bits))
+        if listed is not None:
+            listed.write_text(_lines(found), encoding="utf-8")
     if not found.is_clean:
         place = "" if out is None else f"; listed in {out}"
         raise DataError(f"{verdict(found)}{place}")
@@ -142,7 +145,7 @@ def data_preview(
 
     if out.suffix.lower() not in SUFFIXES:
         raise RecipeError(f"data preview: {out} must end in {' or '.join(SUFFIXES)}")
-    shown = examples(_stage_recipe(recipe, overrides or []), images)
+    shown = examples(_first_stage(recipe, overrides or []), images)
     write_preview(shown, out, title=" ".join([recipe, *(overrides or [])]))
     print(f"{out}: views of {counted(len(shown), 'image')}")
 
@@ -163,16 +166,17 @@ class _Opened:
 def _opened(images: str, overrides: list[str]) -> _Opened:
     """Open the images of a recipe, or those that lie at a path."""
     from bigsimclr.data import build_data
+    from bigsimclr.data.places import expanded
     from bigsimclr.recipe import list_recipes
     from bigsimclr.recipe.sections import InputSection
 
     # A folder may be called as a recipe that ships; `digits/` is the folder.
-    found = None if images in list_recipes() else _lying_at(Path(images).expanduser())
+    found = None if images in list_recipes() else _lying_at(expanded(Path(images), ""))
     if found is not None:
         if overrides:
             raise RecipeError(f"{overrides[0]}: {images} is no recipe and has no keys to change")
         return _Opened(found, InputSection().max_pixels)
-    recipe = _stage_recipe(images, overrides)
+    recipe = _first_stage(images, overrides, same_images=True)
     return _Opened(build_data(recipe.data), recipe.input.max_pixels)
 
 
@@ -187,15 +191,28 @@ def _lying_at(path: Path) -> "Splits | None":
         return build_data(ParquetData(kind="parquet", root=path.parent, train=path.name))
     if not path.is_dir():
         return None
-    if any(path.glob("*.tar")):
+    from bigsimclr.data.folder import HELD_OUT_NAMES, found_folder, holds_images_or_folders
+    from bigsimclr.errors import DataError
+
+    try:
+        shards = sorted(file.name for file in path.glob("*.tar"))
+        if not shards:
+            return found_folder(path)
+        if holds_images_or_folders(path):
+            raise DataError(
+                f"{path} holds tar files beside images or folders; name a folder of one kind"
+            )
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    apart = [name for name in HELD_OUT_NAMES if any(s.startswith(name) for s in shards)]
+    if not apart or not any(shard.startswith("train") for shard in shards):
         return build_data(ShardsData(kind="shards", root=path))
-    from bigsimclr.data.folder import found_folder
+    held_out = f"{apart[0]}*.tar"
+    return build_data(ShardsData(kind="shards", root=path, train="train*.tar", held_out=held_out))
 
-    return found_folder(path)
 
-
-def _stage_recipe(name: str, overrides: list[str]) -> "AnyStage":
-    """Read a recipe; of a pipeline, the first step, where all steps read the same images."""
+def _first_stage(name: str, overrides: list[str], *, same_images: bool = False) -> "AnyStage":
+    """Read a recipe; of a pipeline, the first step, if need be one that reads what all read."""
     from bigsimclr.recipe import find_recipe, is_pipeline, load_recipe, parse_overrides
     from bigsimclr.recipe.pipeline import plan_pipeline
     from bigsimclr.recipe.schema import PipelineRecipe
@@ -209,7 +226,7 @@ def _stage_recipe(name: str, overrides: list[str]) -> "AnyStage":
     )
     first = runs[0].recipe
     apart = next((run for run in runs if run.recipe.data != first.data), None)
-    if apart is not None:
+    if same_images and apart is not None:
         raise RecipeError(
             f"{name} is a pipeline whose steps '{runs[0].step}' and '{apart.step}' read different"
             " images; name the recipe of one step"
@@ -217,16 +234,14 @@ def _stage_recipe(name: str, overrides: list[str]) -> "AnyStage":
     return first
 
 
-def _write_findings(found: "Scan", out: Path) -> None:
-    from bigsimclr.storage import publish
-
+def _lines(found: "Scan") -> str:
     kinds = ("broken", "copies", "alike", "leaks", "leaks_alike")
     lines = [
         json.dumps({"finding": kind} | asdict(item))
         for kind in kinds
         for item in getattr(found, kind)
     ]
-    publish(out, "".join(f"{line}\n" for line in lines), overwrite=False)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _progress(what: str, count: int) -> Callable[[int], None]:

@@ -21,7 +21,7 @@ _SIDE: Final = 32  # pixels of the thumbnail whose frequencies are taken
 _BAND: Final = 1 << 22  # pixels that are turned grey at a time, which bounds the memory
 _ONES: Final = np.array([number.bit_count() for number in range(256)], np.uint8)
 _LUMA: Final = (0.299, 0.587, 0.114)
-_SMALLEST: Final = 16  # pixels; two handwritten threes of 8x8 are as close as two copies of one
+_SMALLEST: Final = 32  # pixels; two handwritten threes of 28x28 are as close as copies of one
 # Below this deviation (of 255) a thumbnail shows nothing: its frequencies are rounding errors.
 _PLAIN: Final = 2.0
 _NOBODY: Final = np.iinfo(np.int64).max

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from bigsimclr.data.names import printable
 from bigsimclr.errors import DataError
@@ -35,7 +36,18 @@ _END: Final = b"\xff\xd9"  # a JPEG's last marker; without it something is missi
 _GREY: Final = ([0], [1])
 _COLOURS: Final = [1, 2, 3]
 _BY_PILLOW: Final = frozenset({"1", "L", "P", "PA", "RGBX", "CMYK", "YCbCr"})
-_ORIENTATION: Final = 0x0112  # the EXIF tag; 1 is upright
+_ORIENTATION: Final = 0x0112  # the EXIF tag; 1 is upright, 2 to 8 are turned or mirrored
+_TURNED_BACK: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+_SCAN: Final = b"\xff\xda"  # begins a scan of a JPEG; within one the bytes never follow so
+_MOST_SCANS: Final = 100  # usual are 1, or about 10 of a progressive image; each decodes it anew
 
 
 class UnreadableImageError(DataError):
@@ -81,8 +93,7 @@ def decode(
     if isinstance(encoded, np.ndarray):
         return _checked(encoded)
     with _judged(encoded, max_pixels) as image:
-        image.load()
-        return _rgb(image)
+        return _rgb(_loaded(image))
 
 
 def decode_unless_plain(
@@ -98,8 +109,15 @@ def decode_unless_plain(
     with _judged(encoded, max_pixels) as image:
         if _is_plain(image) and encoded.endswith(_END):
             return Jpeg(encoded, height=image.height, width=image.width)
-        image.load()
-        return _rgb(image)
+        return _rgb(_loaded(image))
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """Decode an image as it is stored: Pillow turns TIFFs, and only them, by what they note."""
+    noted = image.tag_v2.get(_ORIENTATION, 1) if isinstance(image, TiffImageFile) else 1
+    image.load()
+    turned_back = _TURNED_BACK.get(noted)
+    return image if turned_back is None else image.transpose(turned_back)
 
 
 def _checked(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -119,7 +137,7 @@ def _judged(encoded: bytes, max_pixels: int) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-                _check_size(image, max_pixels)
+                _check_cost(image, encoded, max_pixels)
                 yield image
     except UnreadableImageError:
         raise
@@ -150,7 +168,7 @@ def read_header(encoded: bytes) -> Header | None:
                 format=image.format or "",
                 mode=image.mode,
                 is_wide=re.search(r"16|32|^I|^F", depth) is not None,
-                is_turned=has_exif and image.getexif().get(_ORIENTATION, 1) != 1,
+                is_turned=has_exif and image.getexif().get(_ORIENTATION, 1) in _TURNED_BACK,
                 has_frames=bool(getattr(image, "is_animated", False)),
                 has_profile="icc_profile" in image.info,
             )
@@ -178,12 +196,14 @@ def fitted(
     return np.asarray(Image.fromarray(pixels).resize(size, how))
 
 
-def _check_size(image: Image.Image, max_pixels: int) -> None:
+def _check_cost(image: Image.Image, encoded: bytes, max_pixels: int) -> None:
     pixels = image.width * image.height
     if pixels > max_pixels:
         raise UnreadableImageError(f"declares {pixels} pixels (limit {max_pixels})")
     if pixels == 0:
         raise UnreadableImageError("has no pixels")
+    if image.format == "JPEG" and encoded.count(_SCAN) > _MOST_SCANS:
+        raise UnreadableImageError(f"has over {_MOST_SCANS} scans")
 
 
 def _is_plain(image: Image.Image) -> bool:

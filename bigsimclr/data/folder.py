@@ -1,8 +1,9 @@
 """Images in a folder: one sub-folder per class, or no labels at all."""
 
+import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -10,18 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigsimclr.data import Sample, Splits
-from bigsimclr.data.listing import Listing, is_folder, walk_folder, warn_of_left_out
+from bigsimclr.data.listing import SUFFIXES, Listing, is_folder, walk_folder, warn_of_left_out
 from bigsimclr.data.manifest import listed_images
 from bigsimclr.data.names import NameTable, counted, fingerprint, printable, some
 from bigsimclr.data.places import named, patiently, require_folder
 from bigsimclr.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 # Far beyond any image, and far below what the memory of a worker should be asked for.
 _MOST_BYTES: Final = 1 << 30
 
-# Names by which folders of training and of held-out images go; the first one there is taken.
+# Names by which folders of training and of held-out images go.
 _TRAINING_NAMES: Final = ("train", "training")
-_HELD_OUT_NAMES: Final = ("held_out", "val", "valid", "validation", "test")
+HELD_OUT_NAMES: Final = ("held_out", "val", "valid", "validation", "test")
 
 
 class FolderSource:
@@ -135,8 +138,9 @@ def held_out_folder(
 def found_folder(root: Path) -> Splits:
     """Open all images below a folder as they lie there, to look at them; no recipe is meant.
 
-    Where it holds `train` beside `val` or `test`, these are the training and the held-out images.
-    Sub-folders are classes where no image lies beside them; classes may be empty.
+    Where it holds `train` beside `val`, `test` or both, these are the training and the held-out
+    images; other folders beside them are named in the log. Sub-folders are classes where no image
+    lies beside them; classes may be empty.
 
     Raises:
         DataError: there are no images, or a folder cannot be read.
@@ -144,19 +148,59 @@ def found_folder(root: Path) -> Splits:
     require_folder(root, "")
     inner = {entry.name for entry in os.scandir(root) if is_folder(entry)}
     train = next((name for name in _TRAINING_NAMES if name in inner), None)
-    held_out = next((name for name in _HELD_OUT_NAMES if name in inner), None)
-    places = [root] if train is None or held_out is None else [root / train, root / held_out]
-    found = [walk_folder(place, "") for place in places]
-    names: list[str] = []
-    if all("/" in name for part in found for name in part.names):
-        names = sorted({name for part in found for name in part.inner}, key=os.fsencode)
-    sources = [
-        _source(place, part, tuple(names), _labels(part.names, names, place, ""))
-        for place, part in zip(places, found, strict=True)
-    ]
-    if len(sources) == 1:
-        return Splits(sources[0], None)
-    return Splits(sources[0], sources[1], f"the folder {held_out}")
+    apart = [name for name in HELD_OUT_NAMES if name in inner]
+    if train is None or not apart:
+        whole = walk_folder(root, "")
+        return Splits(_found_source(root, whole, _found_classes([whole])), None)
+    unread = sorted(inner - {train, *apart})
+    if unread:
+        logger.warning("%s: not read, beside %s: %s", printable(str(root)), train, some(unread))
+    training = walk_folder(root / train, "")
+    held_out = [walk_folder(root / name, "") for name in apart]
+    classes = _found_classes([training, *held_out])
+    source = _found_source(root / train, training, classes)
+    if len(apart) == 1:
+        only = _found_source(root / apart[0], held_out[0], classes)
+        return Splits(source, only, f"the folder {apart[0]}")
+    together = _together(apart, held_out)
+    inside = [name.split("/", 1)[1] for name in together.names]
+    labels = _labels(inside, list(classes), root, "")
+    return Splits(
+        source, _source(root, together, classes, labels), f"the folders {' and '.join(apart)}"
+    )
+
+
+def _found_classes(listings: list[Listing]) -> tuple[str, ...]:
+    if not all("/" in name for part in listings for name in part.names):
+        return ()
+    return tuple(sorted({name for part in listings for name in part.inner}, key=os.fsencode))
+
+
+def _found_source(path: Path, found: Listing, classes: tuple[str, ...]) -> FolderSource:
+    return _source(path, found, classes, _labels(found.names, list(classes), path, ""))
+
+
+def _together(folders: Sequence[str], listings: list[Listing]) -> Listing:
+    """Make one listing of several folders beside each other."""
+    parts = list(zip(folders, listings, strict=True))
+    return Listing(
+        [f"{folder}/{name}" for folder, part in parts for name in part.names],
+        np.concatenate([part.sizes for part in listings]),
+        {f"{folder}/{name}": at for folder, part in parts for name, at in part.folders.items()},
+        {f"{folder}/{name}": why for folder, part in parts for name, why in part.left_out.items()},
+    )
+
+
+def holds_images_or_folders(path: Path) -> bool:
+    """Say whether a folder has images or folders in its first level.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with os.scandir(path) as entries:
+        return any(
+            is_folder(entry) or Path(entry.name).suffix.lower() in SUFFIXES for entry in entries
+        )
 
 
 def count_folder(

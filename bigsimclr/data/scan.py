@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bigsimclr.data import Choosy, Sample, Source, Splits
 from bigsimclr.data.alike import find_twins, perceptual_hash
 from bigsimclr.data.decode import UnreadableImageError, decode, read_header
+from bigsimclr.data.listing import SUFFIXES
 from bigsimclr.data.names import printable
 from bigsimclr.data.processes import in_processes
 from bigsimclr.errors import BigSimCLRError
@@ -91,6 +92,7 @@ class Scan:
     alike: tuple[Copy, ...]  # training images that look like an earlier one
     leaks: tuple[Copy, ...]  # held-out images with the bytes of a training image
     leaks_alike: tuple[Copy, ...]  # held-out images that look like a training image
+    not_compared: int  # images too small or too plain to tell by their look
 
     @property
     def is_clean(self) -> bool:
@@ -143,6 +145,7 @@ def scan(
         alike=tuple(copy for number, copy in alike if number < train),
         leaks=tuple(copy for number, copy in copies if number >= train),
         leaks_alike=tuple(copy for number, copy in alike if number >= train),
+        not_compared=int((found.has_digest & ~found.has_hash).sum()),
     )
 
 
@@ -180,7 +183,7 @@ class _Look:
     """What is kept of one image."""
 
     reason: str = ""  # why it cannot be read; "" where it can
-    digest: bytes = b""  # sha256 of what is stored; empty where that cannot be read
+    digest: bytes = b""  # sha256 of what is stored; empty where it cannot be read or decoded
     hash: int | None = None
     size: tuple[int, int] = (0, 0)  # height, width
     bytes: int = 0
@@ -229,17 +232,19 @@ class _Everything:
             return _Look(reason=str(error))
         if isinstance(stored, np.ndarray):
             content, header = np.ascontiguousarray(stored).tobytes(), None
-            digest = hashlib.sha256(repr(stored.shape).encode() + content).digest()
+            shape = repr(stored.shape).encode()
         else:
             content, header = stored, read_header(stored)
-            digest = hashlib.sha256(content).digest()
+            shape = b""
         try:
             pixels = decode(stored, max_pixels=self.max_pixels)
         except UnreadableImageError as error:
-            return _Look(reason=str(error), digest=digest, bytes=len(content))
+            return _Look(reason=str(error), bytes=len(content))
         traits: list[str] = []
         if header is not None:
+            # An image within a file of many has none of its own.
             suffix = PurePosixPath(source.name(index)).suffix.lower()
+            own = _SUFFIXES.get(header.format, {suffix})
             traits = [
                 name
                 for name, holds in (
@@ -247,12 +252,12 @@ class _Everything:
                     ("turned by EXIF", header.is_turned),
                     ("several frames", header.has_frames),
                     ("colour profile", header.has_profile),
-                    ("wrong suffix", suffix not in {"", *_SUFFIXES.get(header.format, {suffix})}),
+                    ("wrong suffix", suffix in SUFFIXES and suffix not in own),
                 )
                 if holds
             ]
         return _Look(
-            digest=digest,
+            digest=hashlib.sha256(shape + content).digest(),
             hash=perceptual_hash(pixels),
             size=(pixels.shape[0], pixels.shape[1]),
             bytes=len(content),

@@ -71,7 +71,9 @@ def examples(recipe: AnyStage, images: int) -> list[Example]:
     # Read here, computed in plain PyTorch, and nothing decoded that is not shown.
     quiet = recipe.model_copy(
         update={
-            "input": recipe.input.model_copy(update={"workers": 0, "resident": False}),
+            "input": recipe.input.model_copy(
+                update={"workers": 0, "resident": False, "decoder": "pillow"}
+            ),
             "parallel": recipe.parallel.model_copy(update={"kernels": "plain"}),
         }
     )

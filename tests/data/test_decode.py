@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigsimclr.data.decode import UnreadableImageError, decode
+from bigsimclr.data.decode import UnreadableImageError, decode, read_header
 
 LIMIT = 10_000
 
@@ -157,3 +157,34 @@ def test_arrays_pass_through_or_are_refused() -> None:
     assert decode(pixels, max_pixels=LIMIT) is pixels
     with pytest.raises(UnreadableImageError, match="is not"):
         decode(noise(3, 4), max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG"])
+def test_pixels_stay_as_they_are_stored_whatever_rotation_is_noted(
+    kind: str, orientation: int
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored, noted = io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels).save(stored, kind)
+    Image.fromarray(pixels).save(noted, kind, exif=exif)
+    expected = decode(stored.getvalue(), max_pixels=LIMIT)
+    np.testing.assert_array_equal(decode(noted.getvalue(), max_pixels=LIMIT), expected)
+    header = read_header(noted.getvalue())
+    assert header is not None
+    assert header.is_turned == (2 <= orientation <= 8)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    stream = io.BytesIO()
+    Image.new("L", (64, 64), 9).save(stream, "JPEG", progressive=True)
+    content = stream.getvalue()
+    begin = content.rindex(b"\xff\xda")
+    last = content[begin:-2]
+    few = content[:begin] + last * 20 + content[-2:]
+    assert decode(few, max_pixels=LIMIT).shape == (64, 64, 3)
+    many = content[:begin] + last * 200 + content[-2:]
+    with pytest.raises(UnreadableImageError, match="has over 100 scans"):
+        decode(many, max_pixels=LIMIT)

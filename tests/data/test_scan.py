@@ -15,13 +15,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bigsimclr.cli import app
+from bigsimclr.cli.findings import scan_text
 from bigsimclr.data import Sample, Splits, build_data
 from bigsimclr.data.arrays import ArraySource
 from bigsimclr.data.folder import found_folder, training_folder
 from bigsimclr.data.manifest import write_manifest
 from bigsimclr.data.pack import pack
 from bigsimclr.data.scan import Broken, Copy, scan
-from bigsimclr.recipe.sources import FolderData, MixData, ShardsData
+from bigsimclr.recipe.sources import DigitsData, FolderData, MixData, ShardsData
 from tests.data.test_alike import photograph
 
 LIMIT = 1_000_000
@@ -179,7 +180,32 @@ def test_the_command_ends_with_3_and_says_why(photos: Path, tmp_path: Path) -> N
         "name": "dog/broken.png",
         "reason": "empty file",
     }
-    assert invoke(str(photos), "--out", str(out))[0] == 7
+    # The place is tried before the work.
+    assert invoke(str(photos), "--out", str(out))[:2] == (7, "")
+
+
+def test_tar_files_are_shards_where_they_are_alone(photos: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    pack(training_folder(photos / "train", ".", labelled=True), tmp_path / "train")
+    pack(training_folder(photos / "val" / "cat", ".", labelled=False), tmp_path / "val")
+    shards.mkdir()
+    for kind in ("train", "val"):
+        for number, file in enumerate(sorted((tmp_path / kind).glob("*.tar"))):
+            file.rename(shards / f"{kind}-{number}.tar")
+    code, text, told = invoke(str(shards))
+    assert (code, "images      10: 8 for training, 2 held out" in text) == (3, True)
+    assert "1 held-out image among the training images" in told
+    (shards / "val-0.tar").rename(photos / "backup.tar")
+    assert "8 for training, none held out" in invoke(str(shards))[1]
+    code, _, told = invoke(str(photos))
+    assert code == 3
+    assert "holds tar files beside images or folders; name a folder of one kind" in told
+
+
+def test_a_home_that_does_not_exist_is_one_line() -> None:
+    code, _, told = invoke("~nobodyhere/photographs")
+    assert code == 3
+    assert told == "bigsimclr: error: ~nobodyhere/photographs: there is no such home\n"
 
 
 def test_the_command_ends_with_0_where_all_is_well(photos: Path) -> None:
@@ -315,3 +341,68 @@ def test_torch_is_not_needed(photos: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
+
+
+def test_every_held_out_folder_is_read_and_others_are_named(
+    photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(photos / "test/cat/leaked.png", 1)
+    saved(photos / "test/dog/own.png", 30)
+    saved(photos / "more/cat/unread.png", 1)
+    found = scan(found_folder(photos), max_pixels=LIMIT)
+    assert [(copy.name, copy.of) for copy in found.leaks] == [
+        ("val/cat/same.png", "cat/2.png"),
+        ("test/cat/leaked.png", "cat/1.png"),
+    ]
+    assert found.held_out is not None
+    assert found.held_out.classes == {"cat": 3, "dog": 5}
+    assert found.broken == (Broken("held out", "val/dog/broken.png", "empty file"),)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{photos}: not read, beside train: more"
+    ]
+
+
+def test_small_and_plain_images_are_counted_as_not_compared() -> None:
+    small = np.stack([photograph(seed, side=40)[:31, :40] for seed in (1, 2)])
+    plain = np.stack([photograph(3, side=40)[:32, :32], np.full((32, 32, 3), 7, np.uint8)])
+    found = [scan(Splits(ArraySource(part), None), max_pixels=LIMIT) for part in (small, plain)]
+    assert [one.not_compared for one in found] == [2, 1]
+    assert "2 too small or too plain to compare by look" in scan_text(found[0], shown=1, bits=4)
+
+
+def test_handwritten_digits_are_no_copies_of_each_other() -> None:
+    digits = build_data(DigitsData(kind="digits"))
+    found = scan(digits, max_pixels=LIMIT)
+    assert found.is_clean
+    assert not found.alike
+    assert found.not_compared == found.train.images + found.held_out.images
+
+
+@pytest.mark.parametrize("name", ["train-00000.parquet#0000000", "000001", "a.v2"])
+def test_only_suffixes_of_images_can_be_wrong(name: str) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(photograph(1, side=40)).save(stream, "PNG")
+    for shown, expected in ((name, {}), ("a.jpg", {"wrong suffix": 1}), ("a.png", {})):
+        source = OneImage(stream.getvalue(), shown)
+        assert scan(Splits(source, None), max_pixels=LIMIT).traits == expected
+
+
+class OneImage:
+    """A source of one encoded image under a name."""
+
+    classes: tuple[str, ...] = ()
+    fingerprint = "one"
+    image_size = None
+    labels = np.full(1, -1, np.int64)
+
+    def __init__(self, content: bytes, name: str) -> None:
+        self._content, self._name = content, name
+
+    def __len__(self) -> int:
+        return 1
+
+    def name(self, index: int) -> str:
+        return (self._name,)[index]
+
+    def read(self, index: int) -> Sample:
+        return Sample(image=self._content, label=-1, index=index)
