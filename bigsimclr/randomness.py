@@ -40,6 +40,7 @@ class Stream(IntEnum):
     WINDOWS = 17
     MIXTURE = 18
     PACK = 19
+    PARTS = 20
 
 
 def philox(seed: int, stream: int, counters: Words) -> Words:

@@ -214,10 +214,14 @@ class MixedOrder:
         The largest remainders are rounded up; every part has a place.
         """
         found: list[tuple[Part, AnyOrder]] = []
-        for part in self.mixture.parts:
+        for number, part in enumerate(self.mixture.parts):
             own = self.indices[(self.indices >= part.start) & (self.indices < part.stop)]
             if len(own):
-                found.append((part, order_of(own - part.start, self.seed, part.arrangement)))
+                # Of one seed, two sources of equal size would be walked through alike.
+                words = philox(self.seed, Stream.PARTS, np.array([[number, 0, 0, 0]], np.uint32))
+                low, high = words[0, :2].tolist()
+                order = order_of(own - part.start, low | (high << 32), part.arrangement)
+                found.append((part, order))
         shares = np.array([part.share for part, _ in found])
         wanted = shares / shares.sum() * _SLOTS
         counts = np.maximum(np.floor(wanted).astype(np.int64), 1)

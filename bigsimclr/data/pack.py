@@ -11,9 +11,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
@@ -83,6 +83,7 @@ class _Job:
     source: Packable
     folder: Path
     plan: PackFile
+    known: Mapping[str, str] = field(default_factory=dict)  # sha256 of each shard, by its name
 
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:06d}.tar"
@@ -130,7 +131,7 @@ def pack(
     )
     job = _Job(source, folder, plan)
     with _held(folder) as lock:
-        _begin(job)
+        job = replace(job, known=_begin(job))
         missing = [number for number in range(plan.shards) if not job.path(number).exists()]
         done = Progress("packed", plan.shards - len(missing), plan.shards, 0, 0)
         for shard in in_processes(_write, job, missing, workers=workers, closed=(lock,)):
@@ -193,8 +194,12 @@ def _lock(descriptor: int, folder: Path) -> None:
         logger.info("%s has no locks: %s", printable(str(folder)), error.strerror)
 
 
-def _begin(job: _Job) -> None:
-    """See that the folder holds this pack or nothing, and write down what it is going to hold."""
+def _begin(job: _Job) -> dict[str, str]:
+    """See that the folder holds this pack or nothing, and write down what it is going to hold.
+
+    Returns:
+        The sha256 of each shard by its name, where the pack was complete before.
+    """
     folder, plan = job.folder, job.plan
     for beside in folder.glob(".*.tmp"):
         if _LEFT_OVER.fullmatch(beside.name):
@@ -204,7 +209,7 @@ def _begin(job: _Job) -> None:
         _refuse_strangers(folder, 0)
         publish(folder / NAME, plan.to_json())
         flush_folder(folder)
-        return
+        return {}
     if replace(before, files=()) != plan:
         what = "of other images" if before.source != plan.source else "cut otherwise"
         raise StorageError(
@@ -213,6 +218,7 @@ def _begin(job: _Job) -> None:
             f" {plan.images:,} in {plan.shards}, order {plan.order}: name another folder"
         )
     _refuse_strangers(folder, plan.shards)
+    return {file.name: file.sha256 for file in before.files}
 
 
 def _refuse_strangers(folder: Path, shards: int) -> None:
@@ -280,7 +286,15 @@ def _suffix(name: str, content: bytes) -> str:
 def _verified(job: _Job, shard: int) -> PackedShard:
     """Read a shard back, compare all that can be compared, and write its indexes."""
     path, images = job.path(shard), job.images(shard).tolist()
-    found, _ = index_shard(path)
+    try:
+        return _compared(job, path, images)
+    except OSError as error:
+        shown = printable(str(path))
+        raise StorageError(f"{shown} cannot be read back: {error.strerror}") from error
+
+
+def _compared(job: _Job, path: Path, images: list[int]) -> PackedShard:
+    found, _ = index_shard(path, afresh=True)
     source = job.source
     expected = [(f"{index:09d}", source.name(index), int(source.labels[index])) for index in images]
     if list(zip(found.keys, found.names, found.labels.tolist(), strict=True)) != expected:
@@ -290,6 +304,8 @@ def _verified(job: _Job, shard: int) -> PackedShard:
     damaged = _damaged_images(path)
     if damaged:
         raise _changed(path, f"has damaged images: {some(damaged)}")
+    if job.known.get(path.name, whole) != whole:
+        raise _changed(path, "is not the file that was verified before")
     publish(path.with_suffix(".idx"), dali_index(path))
     return PackedShard(path.name, len(images), found.bytes, whole)
 
@@ -306,14 +322,21 @@ def _damaged_images(path: Path) -> list[str]:
             if suffix == "cls":
                 continue
             content = read_at(descriptor, member.offset, member.size)
+            digest = hashlib.sha256(content).hexdigest()
             if suffix == "json":
-                digest = str(json.loads(content)["sha256"])
-            else:
-                digest = hashlib.sha256(content).hexdigest()
+                digest = _noted_digest(content)
             hashes.setdefault(key, []).append(digest)
     finally:
         os.close(descriptor)
     return [key for key, both in hashes.items() if len(both) != 2 or both[0] != both[1]]
+
+
+def _noted_digest(content: bytes) -> str:
+    """Return the hash of an image that is noted beside it; nothing where that is damaged."""
+    try:
+        return str(json.loads(content)["sha256"])
+    except (LookupError, RecursionError, TypeError, ValueError):
+        return ""
 
 
 def _changed(path: Path, what: str) -> DataError:

@@ -56,18 +56,7 @@ class RemoteShards:
         Raises:
             DataError: there are none, the URL cannot be read, or a pack there is not whole.
         """
-
-        def listed() -> dict[str, int]:
-            files, root = fsspec.core.url_to_fs(self.url)
-            found = files.glob(posixpath.join(root, pattern), detail=True)
-            front = root.rstrip("/") + "/"
-            return {
-                path.removeprefix(front): int(facts["size"])
-                for path, facts in found.items()
-                if facts["type"] == "file"
-            }
-
-        sizes = self._asked(listed)
+        sizes = self._asked(lambda: self._sizes(pattern))
         if not sizes:
             raise DataError(f"{key}: {printable(self.url)} has no files {printable(pattern)}")
         for name in sizes:
@@ -160,10 +149,25 @@ class RemoteShards:
         shown = printable(posixpath.join(self.url, folder))
         if not pack.files:
             raise DataError(f"{_KEY}: {shown}: packing was not finished")
+        # The pattern may leave some of them out; they must be there all the same.
+        there = self._asked(lambda: self._sizes(posixpath.join(folder, "*.tar")))
         for file in pack.files:
-            size = self.sizes.get(posixpath.join(folder, file.name), file.bytes)
+            size = there.get(posixpath.join(folder, file.name))
+            if size is None:
+                raise DataError(f"{_KEY}: {shown}: {printable(file.name)} of the pack is not there")
             if size != file.bytes:
                 raise DataError(f"{_KEY}: {shown}: {printable(file.name)} has {size:,} bytes")
+
+    def _sizes(self, pattern: str) -> dict[str, int]:
+        """Return the bytes of all files that a pattern matches, by their names."""
+        files, root = fsspec.core.url_to_fs(self.url)
+        found = files.glob(posixpath.join(root, pattern), detail=True)
+        front = root.rstrip("/") + "/"
+        return {
+            path.removeprefix(front): int(facts["size"])
+            for path, facts in found.items()
+            if facts["type"] == "file"
+        }
 
     def _exists(self, name: str) -> bool:
         files, root = fsspec.core.url_to_fs(self.url)

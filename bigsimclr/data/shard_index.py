@@ -97,8 +97,14 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(f"{shard.name}.index")
 
 
-def index_shard(shard: Path) -> tuple[ShardIndex, bool]:
+def index_shard(shard: Path, *, afresh: bool = False) -> tuple[ShardIndex, bool]:
     """Read a shard's index; find it and write it down where there is none, or one of another shard.
+
+    Samples of a shard tell another one, and its time tells that labels were changed in place.
+
+    Args:
+        shard: the file.
+        afresh: trust no index that is there.
 
     Returns:
         The index, and whether it is kept in a file: False where the folder cannot be written.
@@ -113,7 +119,7 @@ def index_shard(shard: Path) -> tuple[ShardIndex, bool]:
         raise DataError(f"{printable(str(shard))}: {error.strerror}") from error
     try:
         stamp = _stamp(descriptor, size)
-        stored = read_index(place)
+        stored = None if afresh or _is_older(place, descriptor) else read_index(place)
         if stored is not None and (stored.bytes, stored.stamp) == (size, stamp):
             return stored, True
         found = _found(descriptor, size, stamp=stamp, shown=printable(str(shard)))
@@ -140,9 +146,9 @@ def read_index(path: Path) -> ShardIndex | None:
             left_out={str(what): int(count) for what, count in found["left_out"].items()},
             **{name: np.array(found[name], np.int64) for name in _NUMBERS},
         )
+        return index if _adds_up(index) else None
     except _UNUSABLE:
         return None
-    return index if _adds_up(index) else None
 
 
 def stamp_of(shard: Path) -> tuple[int, str]:
@@ -201,6 +207,14 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, last = name.rpartition("/")
     stem, _, suffix = last.partition(".")
     return f"{folder}{slash}{stem}", suffix
+
+
+def _is_older(place: Path, descriptor: int) -> bool:
+    """Say whether an index was written before its shard was changed last."""
+    try:
+        return place.stat().st_mtime_ns < os.fstat(descriptor).st_mtime_ns
+    except OSError:
+        return True
 
 
 def _keep(place: Path, index: ShardIndex) -> bool:
@@ -352,7 +366,7 @@ def _adds_up(index: ShardIndex) -> bool:
     count = len(index.keys)
     columns = [index.suffixes, index.names, *(getattr(index, name) for name in _NUMBERS)]
     return (
-        all(len(column) == count for column in columns)
+        all(np.shape(column) == (count,) for column in columns)
         and bool(np.all(index.offsets >= BLOCK))
         and bool(np.all((index.sizes >= 0) & (index.sizes <= _MOST_IMAGE_BYTES)))
         and bool(np.all(index.offsets <= index.bytes - index.sizes))

@@ -32,6 +32,7 @@ Integers = NDArray[np.int64]
 
 FILES: Final = "tar shards"
 _OPEN_SHARDS: Final = 128  # descriptors that a process keeps
+_AHEAD_BYTES: Final = 128 << 10
 _INDEXED_AT_ONCE: Final = 8  # shards; on network disks the time goes into waiting
 
 
@@ -188,11 +189,16 @@ def count_shards(
 class _OpenFile:
     """A descriptor that is closed when the last one who reads from it lets go."""
 
-    def __init__(self, path: Path, *, ahead: bool) -> None:
-        self.descriptor, size = open_regular(path)
-        if ahead and hasattr(os, "posix_fadvise"):
-            # The shard is about to be read whole: in one piece from the disk, then from memory.
-            os.posix_fadvise(self.descriptor, 0, size, os.POSIX_FADV_WILLNEED)
+    def __init__(self, path: Path) -> None:
+        self.descriptor, self._size = open_regular(path)
+        self.reads = 0
+
+    def read_ahead(self) -> None:
+        """Ask for the whole file: in one piece from the disk, then it is read from memory."""
+        if hasattr(os, "posix_fadvise"):
+            # The system takes no more at a time than it reads ahead by itself.
+            for place in range(0, self._size, _AHEAD_BYTES):
+                os.posix_fadvise(self.descriptor, place, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -218,6 +224,10 @@ class _OpenFiles:
     def read(self, number: int, *, offset: int, size: int, header: int) -> bytes:
         def once() -> bytes:
             file = self._open.pop(number, None) or self._opened(number)
+            file.reads += 1
+            # Whoever walks through images that were shuffled over the shards comes once and goes.
+            if self._ahead and file.reads == 2:
+                file.read_ahead()
             content = read_image(file.descriptor, offset=offset, size=size, header=header)
             self._open[number] = file  # not after an error: the next try opens it anew
             if len(self._open) > self._most:
@@ -229,7 +239,7 @@ class _OpenFiles:
     def _opened(self, number: int) -> _OpenFile:
         if self._fetch is not None and not self._paths[number].exists():
             self._fetch(number)
-        return _OpenFile(self._paths[number], ahead=self._ahead)
+        return _OpenFile(self._paths[number])
 
     @override
     def __getstate__(self) -> dict[str, object]:

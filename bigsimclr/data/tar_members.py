@@ -18,6 +18,7 @@ from bigsimclr.errors import DataError
 
 BLOCK: Final = 512
 _WINDOW: Final = 4096  # bytes per read: a header, often with a small member and the next header
+_MOST_FILLING_BYTES: Final = 1 << 20  # behind the members: two blocks, filled up to a record
 _MOST_EXTENSION_BYTES: Final = 1 << 20  # of a long name or of PAX records
 _LINKS: Final = frozenset(b"12")
 _WITHOUT_CONTENT: Final = frozenset(b"123456")
@@ -65,6 +66,7 @@ class TarFile:
             if len(block) < BLOCK:
                 raise self._truncated("it has no end mark", at)
             if block == _ZEROS:
+                self._check_rest(at)
                 return
             header = self._header(block, at)
             kind = block[156]
@@ -91,6 +93,16 @@ class TarFile:
                 yield OtherMember(name, _other_kind(kind, name))
             at += _padded(size)
             extension = _Extension()
+
+    def _check_rest(self, at: int) -> None:
+        """Refuse what is no filling: a hole in a file begins as an end mark does."""
+        rest = self._size - at
+        if rest > _MOST_FILLING_BYTES:
+            raise self._damaged(f"an end mark at byte {at:,}, and {rest:,} bytes behind it")
+        for place in range(at, self._size, _WINDOW):
+            count = min(_WINDOW, self._size - place)
+            if self.read(place, count) != bytes(count):
+                raise self._damaged(f"an end mark at byte {at:,}, and more members behind it")
 
     def read(self, at: int, count: int) -> bytes:
         """Return `count` bytes from offset `at`; fewer at the archive's end."""

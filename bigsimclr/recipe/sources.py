@@ -132,6 +132,9 @@ class MixData(Section):
         weights = [source.weight for source in self.sources]
         if None in weights and any(weight is not None for weight in weights):
             raise ValueError("give every source a weight, or none")
+        shards = [one.data for one in self.sources if isinstance(one.data, ShardsData)]
+        if None in weights and any(data.order == "runs" for data in shards):
+            raise ValueError("order: runs needs a weight for every source")
         return self
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def image_changes(directory: Path, train: Source, held_out: Source | None) -> st
             if source is not None and part in before
             for text in _changes(before[part]["names"], before[part]["labels"], source)
         ]
-    except (OSError, EOFError, LookupError, TypeError, ValueError):
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error):
         return ""
     return "; ".join(texts)
 

@@ -18,7 +18,7 @@ from bigsimclr.data.resident import Resident, make_resident
 from bigsimclr.data.shards import open_shards
 from bigsimclr.data.steps import Means
 from bigsimclr.errors import DataError
-from bigsimclr.randomness import Stream, permuted
+from bigsimclr.randomness import Stream, permuted, philox
 from bigsimclr.recipe.sources import MixData
 from tests.data.conftest import Encode
 from tests.data.tars import write_samples
@@ -83,7 +83,11 @@ def mixed_by_hand(
     seed: int, parts: list[tuple[int, Integers, int]], positions: int
 ) -> list[tuple[int, int]]:
     """Walk through positions one by one; parts are (start, images counted from it, places)."""
-    orders = [Order(own, seed) for _, own, _ in parts]
+    orders = []
+    for number, (_, own, _) in enumerate(parts):
+        # Sources of equal size are not walked through alike.
+        low, high = philox(seed, Stream.PARTS, np.array([[number, 0, 0, 0]], np.uint32))[0, :2]
+        orders.append(Order(own, int(low) | int(high) << 32))
     walked = []
     for position in range(positions):
         block, rank = divmod(position, 1000)
@@ -109,6 +113,16 @@ def test_mixtures_are_those_made_by_hand() -> None:
     for at, position in enumerate(positions.tolist()):
         one = order.at(np.array([position]))
         assert (one[0][0], one[1][0]) == (again[0][at], again[1][at])
+
+
+def test_sources_of_equal_size_are_walked_through_in_orders_of_their_own() -> None:
+    order = order_of(np.arange(4000), 0, _mixture((2000, 1.0), (2000, 1.0)))
+    _, found = order.at(np.arange(4000))
+    first, second = found[found < 2000], found[found >= 2000] - 2000
+    assert np.array_equal(np.sort(first), np.arange(2000))
+    assert np.array_equal(np.sort(second), np.arange(2000))
+    # Of two random orders of 2,000, about one image stands at the same place.
+    assert (first == second).sum() < 10
 
 
 def test_shares_hold_in_every_block_and_no_image_comes_back_early() -> None:
@@ -266,3 +280,7 @@ def test_mixtures_come_from_recipes(tmp_path: Path) -> None:
     del sources[0]["weight"]
     with pytest.raises(ValueError, match="give every source a weight, or none"):
         MixData.model_validate_json(json.dumps({"kind": "mix", "sources": sources}))
+    shards = {"kind": "shards", "root": "a", "order": "runs"}
+    runs = [{"data": shards}, {"data": sources[0]["data"]}]
+    with pytest.raises(ValueError, match="order: runs needs a weight for every source"):
+        MixData.model_validate_json(json.dumps({"kind": "mix", "sources": runs}))

@@ -175,6 +175,16 @@ def test_packing_continues_and_says_what_is_damaged(class_folder: Path, tmp_path
     missing.write_bytes(content)
     with pytest.raises(DataError, match=r"shard-000002\.tar has damaged images: 0000000\d\d;"):
         pack(source, place, shard_bytes=3000)
+    content[700] ^= 1
+    # Labels and facts are no images, and are compared too.
+    for text, other, message in (
+        (b'"sha256"', b'"sha25x"', r"has damaged images: 0000000\d\d;"),
+        (b'"class"', b'"clasz"', "is not the file that was verified before"),
+        (b'{"name"', b'["name"', "is not JSON"),
+    ):
+        missing.write_bytes(bytes(content).replace(text, other, 1))
+        with pytest.raises(DataError, match=message):
+            pack(source, place, shard_bytes=3000)
     missing.unlink()
     (place / first.files[1].name).rename(missing)
     with pytest.raises(DataError, match=r"shard-000002\.tar holds other images than were packed"):

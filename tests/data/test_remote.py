@@ -163,3 +163,16 @@ def test_a_missing_package_is_named() -> None:
         "else: raise SystemExit(1)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_pack_that_is_not_all_there_is_refused(packed: Path, tmp_path: Path) -> None:
+    lost = sorted(packed.glob("*.tar"))[1]
+    kept = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(DataError, match=f"{lost.name} of the pack is not there"):
+        open_shards(tmp_path / "copies", "*.tar", remote=packed.as_uri())
+    # What the pattern leaves out must be there, too.
+    with pytest.raises(DataError, match=f"{lost.name} of the pack is not there"):
+        open_shards(tmp_path / "copies", "*-000000.tar", remote=packed.as_uri())
+    lost.write_bytes(kept)
+    assert len(open_shards(tmp_path / "copies", "*-000000.tar", remote=packed.as_uri())) < 12

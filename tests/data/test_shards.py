@@ -1,8 +1,11 @@
+import ctypes
 import json
+import mmap
 import os
 import pickle
 import shutil
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +110,51 @@ def test_the_fingerprint_notices_changes(tmp_path: Path) -> None:
         write_samples(tmp_path / "a.tar", samples, labels)
         found.add(open_shards(tmp_path, "*.tar").fingerprint)
     assert len(found) == 5
+
+
+def test_labels_that_change_in_place_are_noticed(root: Path) -> None:
+    before = open_shards(root, "*.tar")
+    path = sorted(root.glob("*.tar"))[0]
+    content = path.read_bytes()
+    at = content.index(b".cls\0")
+    place = (at // 512 + 1) * 512
+    assert content[place : place + 1].isdigit()
+    assert content[place : place + 1] != b"1"
+    path.write_bytes(content[:place] + b"1" + content[place + 1 :])
+    after = open_shards(root, "*.tar")
+    assert (before.labels != after.labels).sum() == 1
+    assert before.fingerprint != after.fingerprint
+
+
+def resident(path: Path) -> float:
+    """Return the share of a file that is in memory."""
+    library = ctypes.CDLL(None, use_errno=True)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        size = len(mapped)
+        pages = -(-size // mmap.PAGESIZE)
+        found = (ctypes.c_ubyte * pages)()
+        view = (ctypes.c_char * size).from_buffer(mapped)
+        assert library.mincore(ctypes.byref(view), ctypes.c_size_t(size), found) == 0
+        del view
+    return sum(page & 1 for page in found) / pages
+
+
+def test_the_second_read_of_a_window_asks_for_the_whole_shard(tmp_path: Path) -> None:
+    samples = {f"{number:03d}.jpg": os.urandom(1 << 18) for number in range(64)}
+    path = write_samples(tmp_path / "a.tar", samples)
+    source = open_shards(tmp_path, "*.tar", window=2)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident(path) > 0.1:
+        pytest.skip("this file system keeps files in memory")
+    source.read(0)
+    assert resident(path) < 0.9
+    source.read(1)
+    end = time.monotonic() + 20
+    while resident(path) < 1 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert resident(path) == 1
 
 
 def test_json_members_give_names_labels_and_classes(tmp_path: Path) -> None:

@@ -146,6 +146,28 @@ def test_truncated_archives_are_refused(tmp_path: Path, cut: int) -> None:
         listed(path)
 
 
+def test_an_end_mark_before_the_end_is_no_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{n}.jpg": bytes([n]) * 700 for n in range(1, 30)})
+    whole = path.read_bytes()
+    assert len(regular(path)) == 29
+    hole = tmp_path / "hole.tar"
+    hole.write_bytes(whole[: 1536 * 9] + bytes(1536) + whole[1536 * 10 :])
+    with pytest.raises(DataError, match="an end mark at byte 13,824, and more members behind it"):
+        regular(hole)
+    twice = tmp_path / "twice.tar"
+    twice.write_bytes(whole + whole)
+    with pytest.raises(DataError, match=r"an end mark at byte [\d,]+, and more members behind it"):
+        regular(twice)
+    lost = tmp_path / "lost.tar"
+    lost.write_bytes(whole[: 1536 * 9] + bytes(2 << 20))
+    with pytest.raises(DataError, match="an end mark at byte 13,824, and 2,097,152 bytes behind"):
+        regular(lost)
+    # As `tar --blocking-factor=2048` fills up.
+    filled = tmp_path / "filled.tar"
+    filled.write_bytes(whole.rstrip(b"\0") + bytes(1 << 19))
+    assert len(regular(filled)) == 29
+
+
 def test_random_damage_ends_in_a_data_error_or_in_members(tmp_path: Path) -> None:
     rng = random.Random(0)
     whole = write_tar(
