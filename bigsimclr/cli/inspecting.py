@@ -58,7 +58,8 @@ def data_scan(
     """Open every image: broken ones, sizes, classes, copies, leaks.
 
     A leak is a held-out image with the bytes of a training image, or one that looks like it by a
-    perceptual hash; images under 32 pixels and plain ones are compared by their bytes alone.
+    perceptual hash and a small picture; images under 32 pixels and plain ones are compared by
+    their bytes alone.
 
     Exit code 3 where an image is broken or leaks, else 0; copies among training images are told.
     """

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigsimclr.data import Choosy, Sample, Source, Splits
-from bigsimclr.data.alike import find_twins, perceptual_hash
+from bigsimclr.data.alike import Look, find_twins, look_of
 from bigsimclr.data.decode import UnreadableImageError, decode, read_header
 from bigsimclr.data.listing import SUFFIXES
 from bigsimclr.data.names import printable
@@ -110,7 +110,7 @@ def scan(
 ) -> Scan:
     """Open every image of a data set.
 
-    About 80 bytes are kept of each image; a process holds one decoded image at a time.
+    About 340 bytes are kept of each image; a process holds one decoded image at a time.
 
     Args:
         splits: the images.
@@ -124,9 +124,9 @@ def scan(
     """
     every = _Everything(splits, max_pixels)
     found = _Found(len(every))
-    seen = in_processes(every.look, len(every), workers=workers, on_death=_killed)
-    for done, (number, look) in enumerate(seen, start=1):
-        found.add(number, look)
+    looks = in_processes(every.look, len(every), workers=workers, on_death=_killed)
+    for done, (number, seen) in enumerate(looks, start=1):
+        found.add(number, seen)
         tell(done)
     copies, alike = _copies(every, found, most_differing_bits)
     train = len(splits.train)
@@ -179,12 +179,12 @@ def read_sample(source: Source, index: int) -> Sample:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Seen:
     """What is kept of one image."""
 
     reason: str = ""  # why it cannot be read; "" where it can
     digest: bytes = b""  # sha256 of what is stored; empty where it cannot be read or decoded
-    hash: int | None = None
+    look: Look | None = None  # None where it is too small or too plain
     size: tuple[int, int] = (0, 0)  # height, width
     bytes: int = 0
     format: str = ""
@@ -192,8 +192,8 @@ class _Look:
     traits: tuple[str, ...] = ()
 
 
-def _killed(number: int, reason: str) -> _Look:  # noqa: ARG001 - the caller knows the number
-    return _Look(reason=reason)
+def _killed(number: int, reason: str) -> _Seen:  # noqa: ARG001 - the caller knows the number
+    return _Seen(reason=reason)
 
 
 class _Everything:
@@ -224,12 +224,12 @@ class _Everything:
         part, source, index = self.at(number)
         return Broken(part, source.name(index), reason)
 
-    def look(self, number: int) -> _Look:
+    def look(self, number: int) -> _Seen:
         _, source, index = self.at(number)
         try:
             stored = read_sample(source, index).image
         except UnreadableImageError as error:
-            return _Look(reason=str(error))
+            return _Seen(reason=str(error))
         if isinstance(stored, np.ndarray):
             content, header = np.ascontiguousarray(stored).tobytes(), None
             shape = repr(stored.shape).encode()
@@ -239,7 +239,7 @@ class _Everything:
         try:
             pixels = decode(stored, max_pixels=self.max_pixels)
         except UnreadableImageError as error:
-            return _Look(reason=str(error), bytes=len(content))
+            return _Seen(reason=str(error), bytes=len(content))
         traits: list[str] = []
         if header is not None:
             # An image within a file of many has none of its own.
@@ -256,9 +256,9 @@ class _Everything:
                 )
                 if holds
             ]
-        return _Look(
+        return _Seen(
             digest=hashlib.sha256(shape + content).digest(),
-            hash=perceptual_hash(pixels),
+            look=look_of(pixels),
             size=(pixels.shape[0], pixels.shape[1]),
             bytes=len(content),
             format="array" if header is None else header.format,
@@ -275,6 +275,7 @@ class _Found:
         self.has_digest = np.zeros(images, np.bool_)
         self.hashes = np.zeros(images, np.uint64)
         self.has_hash = np.zeros(images, np.bool_)
+        self.pictures = np.zeros((images, 256), np.uint8)
         self.sizes = np.zeros((images, 2), np.int32)
         self.bytes = np.zeros(images, np.int64)
         self.formats: Counter[str] = Counter()
@@ -282,20 +283,21 @@ class _Found:
         self.traits: Counter[str] = Counter()
         self._reasons: dict[int, str] = {}
 
-    def add(self, number: int, look: _Look) -> None:
-        self.bytes[number] = look.bytes
-        if look.reason:
-            self._reasons[number] = look.reason
+    def add(self, number: int, seen: _Seen) -> None:
+        self.bytes[number] = seen.bytes
+        if seen.reason:
+            self._reasons[number] = seen.reason
             return
-        self.digests[number] = np.frombuffer(look.digest, np.uint64)
+        self.digests[number] = np.frombuffer(seen.digest, np.uint64)
         self.has_digest[number] = True
-        self.sizes[number] = look.size
-        if look.hash is not None:
-            self.hashes[number] = look.hash
+        self.sizes[number] = seen.size
+        if seen.look is not None:
+            self.hashes[number] = seen.look.hash
+            self.pictures[number] = np.frombuffer(seen.look.picture, np.uint8)
             self.has_hash[number] = True
-        self.formats[look.format] += 1
-        self.modes[look.mode] += 1
-        self.traits.update(look.traits)
+        self.formats[seen.format] += 1
+        self.modes[seen.mode] += 1
+        self.traits.update(seen.traits)
 
     def reasons(self) -> list[tuple[int, str]]:
         return sorted(self._reasons.items())
@@ -309,7 +311,7 @@ def _copies(
     first = _first_of_each(found.digests, found.has_digest)
     # The first of its kind is held out only where no training image is of that kind.
     has_original = (first >= 0) & (first < train) & (first != np.arange(len(first)))
-    twins = find_twins(found.hashes, found.has_hash, train=train, most=most)
+    twins = find_twins(found.hashes, found.has_hash, found.pictures, train=train, most=most)
     resembling = (twins.twin >= 0) & ~has_original
 
     def listed(

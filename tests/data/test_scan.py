@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from bigsimclr.cli import app
 from bigsimclr.cli.findings import scan_text
-from bigsimclr.data import Sample, Splits, build_data
+from bigsimclr.data import Sample, Source, Splits, build_data
+from bigsimclr.data.alike import close_pairs, look_of
 from bigsimclr.data.arrays import ArraySource
 from bigsimclr.data.folder import found_folder, training_folder
 from bigsimclr.data.manifest import write_manifest
@@ -376,6 +377,28 @@ def test_handwritten_digits_are_no_copies_of_each_other() -> None:
     assert found.is_clean
     assert not found.alike
     assert found.not_compared == found.train.images + found.held_out.images
+
+
+@pytest.mark.parametrize("how", [Image.Resampling.NEAREST, Image.Resampling.BICUBIC])
+def test_handwritten_digits_that_hash_alike_are_told_apart(how: Image.Resampling) -> None:
+    digits = build_data(DigitsData(kind="digits"))
+    assert digits.held_out is not None
+
+    def enlarged(source: Source) -> ArraySource:
+        images = [np.asarray(source.read(index).image) for index in range(len(source))]
+        large = [np.asarray(Image.fromarray(image).resize((32, 32), how)) for image in images]
+        return ArraySource(np.stack(large), source.labels, classes=source.classes)
+
+    splits = Splits(enlarged(digits.train), enlarged(digits.held_out))
+    found = scan(splits, max_pixels=LIMIT)
+    assert found.not_compared == 0
+    assert (found.alike, found.leaks_alike) == ((), ())
+    looks = [look_of(np.asarray(splits.train.read(index).image)) for index in range(1437)]
+    hashes = np.unique(np.array([look.hash for look in looks if look is not None], np.uint64))
+    pairs = {
+        pair for one, other, _ in close_pairs(hashes, 4) for pair in zip(one, other, strict=True)
+    }
+    assert len(pairs) > 40
 
 
 @pytest.mark.parametrize("name", ["train-00000.parquet#0000000", "000001", "a.v2"])
