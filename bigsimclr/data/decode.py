@@ -7,7 +7,7 @@ Every mode becomes uint8 [h, w, 3] by a fixed rule:
 * alpha (LA, PA, RGBA, transparent palettes) is dropped, as TensorFlow's `decode_image` does: the
   colours under transparent pixels are kept as stored;
 * palettes are looked up; CMYK and YCbCr take Pillow's formula; colour profiles are ignored;
-* a rotation noted in EXIF is ignored, as TensorFlow ignores it;
+* a rotation noted in EXIF, a TIFF's tags or XMP is ignored, as TensorFlow ignores it;
 * of several frames only the first is read.
 
 Other modes (32-bit integers beyond 16 bits, floats, LAB) have no agreed range and are refused.
@@ -46,7 +46,9 @@ _TURNED_BACK: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-_SCAN: Final = b"\xff\xda"  # begins a scan of a JPEG; within one the bytes never follow so
+_SCAN: Final = re.compile(rb"\xff\xda")  # begins a scan of a JPEG; never stands within one
+# Any marker but the restarts, which stand within a scan as stuffed bytes do.
+_MARKER: Final = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
 _MOST_SCANS: Final = 100  # usual are 1, or about 10 of a progressive image; each decodes it anew
 
 
@@ -114,7 +116,7 @@ def decode_unless_plain(
 
 def _loaded(image: Image.Image) -> Image.Image:
     """Decode an image as it is stored: Pillow turns TIFFs, and only them, by what they note."""
-    noted = image.tag_v2.get(_ORIENTATION, 1) if isinstance(image, TiffImageFile) else 1
+    noted = image.getexif().get(_ORIENTATION, 1) if isinstance(image, TiffImageFile) else 1
     image.load()
     turned_back = _TURNED_BACK.get(noted)
     return image if turned_back is None else image.transpose(turned_back)
@@ -202,8 +204,23 @@ def _check_cost(image: Image.Image, encoded: bytes, max_pixels: int) -> None:
         raise UnreadableImageError(f"declares {pixels} pixels (limit {max_pixels})")
     if pixels == 0:
         raise UnreadableImageError("has no pixels")
-    if image.format == "JPEG" and encoded.count(_SCAN) > _MOST_SCANS:
+    if isinstance(image, JpegImageFile) and _has_many_scans(encoded):
         raise UnreadableImageError(f"has over {_MOST_SCANS} scans")
+
+
+def _has_many_scans(encoded: bytes) -> bool:
+    # A list of all that might be one takes microseconds, and almost always is short enough.
+    if len(_SCAN.findall(encoded)) <= _MOST_SCANS:
+        return False
+    # The bytes may stand in a thumbnail, or in a film behind the image: go by its segments.
+    scans, at = 0, 2
+    while scans <= _MOST_SCANS:
+        marker = _MARKER.search(encoded, at)
+        if marker is None or marker[0] == _END:
+            return False
+        scans += _SCAN.fullmatch(marker[0]) is not None
+        at = marker.end() + int.from_bytes(encoded[marker.end() : marker.end() + 2], "big")
+    return True
 
 
 def _is_plain(image: Image.Image) -> bool:

@@ -168,6 +168,12 @@ def extras() -> Iterator[Odd]:
     red, blue = flat(255, 0, 0), flat(0, 0, 255)
     image = Image.fromarray(colour)
     yield Odd("turned.png", encoded(image, "PNG", exif=turned), colour, traits=("turned by EXIF",))
+    for orientation in (3, 6):
+        note = {0x0112: orientation}
+        for kind in ("raw", "tiff_lzw"):
+            file = encoded(image, "TIFF", tiffinfo=note, compression=kind)
+            name = f"turned_{orientation}_{kind}.tif"
+            yield Odd(name, file, colour, traits=("turned by EXIF",))
     yield Odd(
         "turned.jpg",
         encoded(flat(90, 160, 40), "JPEG", exif=turned, quality=100),

@@ -34,7 +34,7 @@ def corpus(tmp_path: Path) -> tuple[Path, list[Odd], dict[str, str]]:
 
 
 def test_the_corpus_is_as_large_as_it_says() -> None:
-    assert len(ODD) == len({odd.name for odd in ODD}) == 37
+    assert len(ODD) == len({odd.name for odd in ODD}) == 41
     assert sum(odd.pixels is None for odd in ODD) == 12
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigsimclr.data.decode import UnreadableImageError, decode, read_header
+from bigsimclr.data.decode import UnreadableImageError, decode, decode_unless_plain, read_header
 
 LIMIT = 10_000
 
@@ -188,3 +188,29 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
     many = content[:begin] + last * 200 + content[-2:]
     with pytest.raises(UnreadableImageError, match="has over 100 scans"):
         decode(many, max_pixels=LIMIT)
+    with pytest.raises(UnreadableImageError, match="has over 100 scans"):
+        decode_unless_plain(many, max_pixels=LIMIT)
+    # What looks like a scan within a segment, or behind the end, is none.
+    filling = last[:2] * 200
+    segment = b"\xff\xec" + (len(filling) + 2).to_bytes(2, "big") + filling
+    for harmless in (content[:2] + segment + content[2:], content + filling):
+        assert decode(harmless, max_pixels=LIMIT).shape == (64, 64, 3)
+    # Nor does a second picture in the file excuse the first.
+    stream = io.BytesIO()
+    image = Image.new("L", (64, 64), 9)
+    image.save(stream, "MPO", progressive=True, save_all=True, append_images=[image])
+    stereo = stream.getvalue()
+    assert decode(stereo, max_pixels=LIMIT).shape == (64, 64, 3)
+    end = stereo.index(last) + len(last)
+    with pytest.raises(UnreadableImageError, match="has over 100 scans"):
+        decode(stereo[:end] + last * 200 + stereo[end:], max_pixels=LIMIT)
+
+
+def test_a_rotation_that_a_tiff_notes_in_xmp_alone_is_ignored() -> None:
+    pixels = noise(4, 8, 3)
+    note = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    file = encoded(Image.fromarray(pixels), "TIFF", tiffinfo={700: note})
+    with Image.open(io.BytesIO(file)) as turned:
+        turned.load()
+        assert turned.size == (4, 8)  # Pillow alone would turn it
+    np.testing.assert_array_equal(decode(file, max_pixels=LIMIT), pixels)
