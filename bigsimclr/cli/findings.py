@@ -11,6 +11,7 @@ from bigsimclr.data.scan import Broken, Copy, Group, Scan, Spread
 T = TypeVar("T")
 
 _WIDTH = 12
+_MOST_SUFFIXES = 6  # of files that are not read
 _MOST_CLASSES = 12  # named with their number of images
 
 _TRAIT_NOTES = {
@@ -35,6 +36,7 @@ def scan_text(found: Scan, *, shown: int, bits: int) -> str:
         row("images", f"{images:,}: {groups_text(found.train, found.held_out)}"),
         row("broken", f"{len(found.broken):,}"),
         *named_few(found.broken, shown, _broken),
+        *_skipped_line(found.skipped),
         row("formats", tally(found.formats)),
         row("modes", tally(found.modes)),
     ]
@@ -126,6 +128,16 @@ def sizes(width: Spread | None, height: Spread | None, size: Spread | None) -> l
         for heading, of, unit in rows
         if of is not None
     ]
+
+
+def _skipped_line(skipped: dict[str, int]) -> list[str]:
+    if not skipped:
+        return []
+    count = counted(sum(skipped.values()), "file")
+    most = list(skipped.items())[:_MOST_SUFFIXES]
+    more = ", ..." * (len(skipped) > len(most))
+    suffixes = ", ".join(f"{printable(suffix)} {number:,}" for suffix, number in most)
+    return [row("skipped", f"{count} by their suffix: {suffixes}{more}")]
 
 
 def _class_lines(found: Scan) -> list[str]:

@@ -1,12 +1,13 @@
 """Commands that look at the images of a recipe, or of a folder, and change nothing."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -18,12 +19,17 @@ if TYPE_CHECKING:
     from bigsimclr.data.scan import Scan
     from bigsimclr.recipe.schema import AnyStage
 
+logger = logging.getLogger(__name__)
+
+_OF_MANY: Final = (".tar", ".parquet")  # files of which each holds many images
+
 ImagesArgument = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
         help="A recipe; or images themselves: a folder (with train and val in it, if there are "
-        "held-out images) or one of tar shards, an .npz file, or parquet files by name or pattern.",
+        "held-out images), one of tar shards or parquet files, or these by name or pattern, or an "
+        ".npz file.",
     ),
 ]
 WorkersOption = Annotated[
@@ -184,32 +190,50 @@ def _opened(images: str, overrides: list[str]) -> _Opened:
 def _lying_at(path: Path) -> "Splits | None":
     """Open the images at a path; None where it must be a recipe's."""
     from bigsimclr.data import build_data
-    from bigsimclr.recipe.sources import ArraysData, ParquetData, ShardsData
+    from bigsimclr.data.folder import found_folder
+    from bigsimclr.data.listing import SUFFIXES, first_level, is_folder
+    from bigsimclr.data.places import is_folder_at, split_pattern
+    from bigsimclr.errors import DataError
+    from bigsimclr.recipe.sources import ArraysData
 
     if path.suffix == ".npz":
         return build_data(ArraysData(kind="arrays", root=path))
-    if path.suffix == ".parquet":
-        return build_data(ParquetData(kind="parquet", root=path.parent, train=path.name))
-    if not path.is_dir():
-        return None
-    from bigsimclr.data.folder import HELD_OUT_NAMES, found_folder, holds_images_or_folders
-    from bigsimclr.errors import DataError
-
-    try:
-        shards = sorted(file.name for file in path.glob("*.tar"))
-        if not shards:
+    if is_folder_at(path):
+        level = first_level(path)
+        files = [entry.name for entry in level if entry.name.endswith(_OF_MANY)]
+        if not files:
             return found_folder(path)
-        if holds_images_or_folders(path):
+        kinds = sorted({Path(name).suffix for name in files})
+        if len(kinds) > 1 or any(
+            is_folder(entry) or Path(entry.name).suffix.lower() in SUFFIXES for entry in level
+        ):
             raise DataError(
-                f"{path} holds tar files beside images or folders; name a folder of one kind"
+                f"{path} holds {' and '.join(kinds)} files, and other images or folders: name"
+                f" '{path}/*{kinds[0]}', or move them elsewhere"
             )
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    apart = [name for name in HELD_OUT_NAMES if any(s.startswith(name) for s in shards)]
-    if not apart or not any(shard.startswith("train") for shard in shards):
-        return build_data(ShardsData(kind="shards", root=path))
-    held_out = f"{apart[0]}*.tar"
-    return build_data(ShardsData(kind="shards", root=path, train="train*.tar", held_out=held_out))
+        return _files(path, f"*{kinds[0]}", files)
+    return _files(*split_pattern(path), []) if path.suffix in _OF_MANY else None
+
+
+def _files(root: Path, pattern: str, names: list[str]) -> "Splits":
+    """Open shards or parquet files; those called train and val are training and held-out ones."""
+    from bigsimclr.data import build_data
+    from bigsimclr.data.folder import HELD_OUT_NAMES
+    from bigsimclr.data.names import printable, some
+    from bigsimclr.recipe.sources import ParquetData, ShardsData
+
+    suffix = Path(pattern).suffix
+    apart = [kind for kind in HELD_OUT_NAMES if any(name.startswith(kind) for name in names)]
+    train, held_out = pattern, None
+    if apart and any(name.startswith("train") for name in names):
+        train, held_out = f"train*{suffix}", f"{apart[0]}*{suffix}"
+        unread = [name for name in names if not name.startswith(("train", apart[0]))]
+        if unread:
+            shown = printable(str(root)), train, held_out, some(unread)
+            logger.warning("%s: not read, beside %s and %s: %s", *shown)
+    if suffix == ".tar":
+        return build_data(ShardsData(kind="shards", root=root, train=train, held_out=held_out))
+    return build_data(ParquetData(kind="parquet", root=root, train=train, held_out=held_out))
 
 
 def _first_stage(name: str, overrides: list[str], *, same_images: bool = False) -> "AnyStage":

@@ -117,8 +117,9 @@ class _Line:
 def _opened(source: Path, *, labelled: bool) -> "Packable":
     if source.suffix == ".parquet":
         from bigsimclr.data.parquet import open_parquet
+        from bigsimclr.data.places import split_pattern
 
-        return open_parquet(source.parent, source.name, key="SOURCE")
+        return open_parquet(*split_pattern(source), key="SOURCE")
     from bigsimclr.data.folder import training_folder
 
     return training_folder(source, ".", labelled=labelled, root_key="")

@@ -74,9 +74,10 @@ class EqualImages(Source, Protocol):
 
 @runtime_checkable
 class Choosy(Source, Protocol):
-    """A source that found entries which only have the name of an image."""
+    """A source that found more than images."""
 
-    left_out: "Mapping[str, str]"  # name -> reason
+    left_out: "Mapping[str, str]"  # name -> reason, of entries that only have an image's name
+    skipped: "Mapping[str, int]"  # suffix -> files that have no image's name
 
 
 class _Divisible(Source, Protocol):

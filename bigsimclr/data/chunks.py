@@ -19,6 +19,7 @@ from bigsimclr.data.decode import Jpeg, UnreadableImageError, decode, decode_unl
 from bigsimclr.data.names import printable
 from bigsimclr.data.order import AnyOrder, Cut
 from bigsimclr.data.slots import Slots
+from bigsimclr.data.stored import stored_image
 from bigsimclr.errors import BigSimCLRError
 
 Integers = NDArray[np.int64]
@@ -127,7 +128,7 @@ def image_or_jpeg_at(source: Source, index: int, *, max_pixels: int) -> NDArray[
     Raises:
         UnreadableImageError: it cannot be read or decoded.
     """
-    return decode_unless_plain(_content(source, index), max_pixels=max_pixels)
+    return decode_unless_plain(stored_image(source, index), max_pixels=max_pixels)
 
 
 def _pixels(image: NDArray[np.uint8] | Jpeg, *, max_pixels: int, turbo: bool) -> NDArray[np.uint8]:
@@ -140,16 +141,6 @@ def _pixels(image: NDArray[np.uint8] | Jpeg, *, max_pixels: int, turbo: bool) ->
         if pixels is not None:
             return pixels
     return decode(image.encoded, max_pixels=max_pixels)
-
-
-def _content(source: Source, index: int) -> bytes | NDArray[np.uint8]:
-    try:
-        return source.read(index).image
-    except UnreadableImageError:
-        raise
-    except (OSError, BigSimCLRError) as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableImageError(printable(text)) from error
 
 
 def wanted(reading: Reading, positions: Integers) -> list[tuple[int, int]]:

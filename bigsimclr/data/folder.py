@@ -3,15 +3,24 @@
 import logging
 import os
 import stat
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path, PurePath
 from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigsimclr.data import Sample, Splits
-from bigsimclr.data.listing import SUFFIXES, Listing, is_folder, walk_folder, warn_of_left_out
+from bigsimclr.data.listing import (
+    SUFFIXES,
+    Listing,
+    first_level,
+    is_folder,
+    walk,
+    walk_folder,
+    warn_of_left_out,
+)
 from bigsimclr.data.manifest import listed_images
 from bigsimclr.data.names import NameTable, counted, fingerprint, printable, some
 from bigsimclr.data.places import named, patiently, require_folder
@@ -39,9 +48,11 @@ class FolderSource:
         labels: NDArray[np.int64],  # [N], -1 where there is none
         classes: tuple[str, ...],
         left_out: Mapping[str, str] | None = None,  # name -> reason, of what only looks like one
+        skipped: Mapping[str, int] | None = None,  # suffix -> files, of what does not
     ) -> None:
         self.root = root
         self.left_out: Mapping[str, str] = {} if left_out is None else left_out
+        self.skipped: Mapping[str, int] = {} if skipped is None else skipped
         self.labels = labels
         self.classes = classes
         self.image_size: tuple[int, int] | None = None
@@ -85,6 +96,7 @@ class FolderSource:
             labels=self.labels[rows],
             classes=self.classes,
             left_out=self.left_out,
+            skipped=self.skipped,
         )
 
 
@@ -138,69 +150,84 @@ def held_out_folder(
 def found_folder(root: Path) -> Splits:
     """Open all images below a folder as they lie there, to look at them; no recipe is meant.
 
-    Where it holds `train` beside `val`, `test` or both, these are the training and the held-out
-    images; other folders beside them are named in the log. Sub-folders are classes where no image
-    lies beside them; classes may be empty.
+    Where it holds `train` beside `val`, `test` or others of such names, in whatever case, these are
+    the training and the held-out images; what else lies there is named in the log. Sub-folders are
+    classes where no image lies beside them; classes may be empty. Held-out images without
+    sub-folders have no class.
 
     Raises:
         DataError: there are no images, or a folder cannot be read.
     """
     require_folder(root, "")
-    inner = {entry.name for entry in os.scandir(root) if is_folder(entry)}
-    train = next((name for name in _TRAINING_NAMES if name in inner), None)
-    apart = [name for name in HELD_OUT_NAMES if name in inner]
+    level = first_level(root)
+    inner = {entry.name: entry.name.lower() for entry in level if is_folder(entry)}
+    train = next((name for name, known in inner.items() if known in _TRAINING_NAMES), None)
+    apart = [name for known in HELD_OUT_NAMES for name in inner if inner[name] == known]
     if train is None or not apart:
         whole = walk_folder(root, "")
-        return Splits(_found_source(root, whole, _found_classes([whole])), None)
-    unread = sorted(inner - {train, *apart})
+        classes = tuple(sorted(_class_folders(whole), key=os.fsencode))
+        return Splits(_found_source(root, whole, classes), None)
+    found = {name: walk(root / name) for name in apart}
+    if not any(part.names for part in found.values()):
+        walk_folder(root / apart[0], "")
+    held_out = {name: part for name, part in found.items() if part.names}
+    loose = [entry.name for entry in level if PurePath(entry.name).suffix.lower() in SUFFIXES]
+    unread = [*(name for name in inner if name != train and name not in held_out), *loose]
     if unread:
         logger.warning("%s: not read, beside %s: %s", printable(str(root)), train, some(unread))
     training = walk_folder(root / train, "")
-    held_out = [walk_folder(root / name, "") for name in apart]
-    classes = _found_classes([training, *held_out])
+    names = _class_folders(training)
+    if names:
+        names = names.union(*(_class_folders(part) for part in held_out.values()))
+    classes = tuple(sorted(names, key=os.fsencode))
     source = _found_source(root / train, training, classes)
-    if len(apart) == 1:
-        only = _found_source(root / apart[0], held_out[0], classes)
-        return Splits(source, only, f"the folder {apart[0]}")
-    together = _together(apart, held_out)
-    inside = [name.split("/", 1)[1] for name in together.names]
-    labels = _labels(inside, list(classes), root, "")
-    return Splits(
-        source, _source(root, together, classes, labels), f"the folders {' and '.join(apart)}"
-    )
+    return Splits(source, *_held_out(root, held_out, classes))
 
 
-def _found_classes(listings: list[Listing]) -> tuple[str, ...]:
-    if not all("/" in name for part in listings for name in part.names):
-        return ()
-    return tuple(sorted({name for part in listings for name in part.inner}, key=os.fsencode))
+def _held_out(
+    root: Path, parts: Mapping[str, Listing], classes: tuple[str, ...]
+) -> tuple[FolderSource, str]:
+    """Open held-out folders as one source, and say what they are called together."""
+    if len(parts) == 1:
+        ((name, only),) = parts.items()
+        return _found_source(root / name, only, classes), f"the folder {name}"
+    labels = [_found_labels(part, classes, root / name) for name, part in parts.items()]
+    source = _source(root, _together(parts), classes, np.concatenate(labels))
+    return source, f"the folders {' and '.join(parts)}"
+
+
+def _class_folders(found: Listing) -> set[str]:
+    return set(found.inner) if all("/" in name for name in found.names) else set()
+
+
+def _found_labels(found: Listing, classes: tuple[str, ...], path: Path) -> NDArray[np.int64]:
+    return _labels(found.names, list(classes) if _class_folders(found) else [], path, "")
 
 
 def _found_source(path: Path, found: Listing, classes: tuple[str, ...]) -> FolderSource:
-    return _source(path, found, classes, _labels(found.names, list(classes), path, ""))
+    return _source(path, found, classes, _found_labels(found, classes, path))
 
 
-def _together(folders: Sequence[str], listings: list[Listing]) -> Listing:
+def _together(parts: Mapping[str, Listing]) -> Listing:
     """Make one listing of several folders beside each other."""
-    parts = list(zip(folders, listings, strict=True))
+    skipped: Counter[str] = Counter()
+    for part in parts.values():
+        skipped.update(part.skipped)
     return Listing(
-        [f"{folder}/{name}" for folder, part in parts for name in part.names],
-        np.concatenate([part.sizes for part in listings]),
-        {f"{folder}/{name}": at for folder, part in parts for name, at in part.folders.items()},
-        {f"{folder}/{name}": why for folder, part in parts for name, why in part.left_out.items()},
+        [f"{folder}/{name}" for folder, part in parts.items() for name in part.names],
+        np.concatenate([part.sizes for part in parts.values()]),
+        {
+            f"{folder}/{name}": at
+            for folder, part in parts.items()
+            for name, at in part.folders.items()
+        },
+        {
+            f"{folder}/{name}": why
+            for folder, part in parts.items()
+            for name, why in part.left_out.items()
+        },
+        skipped,
     )
-
-
-def holds_images_or_folders(path: Path) -> bool:
-    """Say whether a folder has images or folders in its first level.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with os.scandir(path) as entries:
-        return any(
-            is_folder(entry) or Path(entry.name).suffix.lower() in SUFFIXES for entry in entries
-        )
 
 
 def count_folder(
@@ -315,4 +342,5 @@ def _source(
         labels=labels,
         classes=classes,
         left_out=found.left_out,
+        skipped=found.skipped,
     )

@@ -6,8 +6,8 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -21,7 +21,10 @@ from bigsimclr.errors import DataError
 logger = logging.getLogger(__name__)
 
 SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+    {
+        *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm"),
+        *(".tif", ".tiff", ".gif"),
+    }
 )
 # Clocks of file systems may be as coarse as that.
 _SETTLED_NANOSECONDS: Final = 3_000_000_000
@@ -44,6 +47,7 @@ class Listing:
     # where that was too recent to tell. "" is the folder itself.
     folders: dict[str, int]
     left_out: dict[str, str]  # name -> reason, of entries with names of images that are no files
+    skipped: dict[str, int] = field(default_factory=dict)  # suffix -> files with other names
 
     @property
     def inner(self) -> list[str]:
@@ -60,6 +64,18 @@ def walk_folder(path: Path, key: str) -> Listing:
 
     Raises:
         DataError: there are no images, or a folder cannot be read.
+    """
+    found = walk(path)
+    if not found.names:
+        raise DataError(named(key) + _nothing_found(path, found.skipped, has_key=bool(key)))
+    return found
+
+
+def walk(path: Path) -> Listing:
+    """Find the images below a folder, if there are any.
+
+    Raises:
+        DataError: a folder cannot be read.
     """
     sizes: dict[str, int] = {}
     others: Counter[str] = Counter()
@@ -80,11 +96,9 @@ def walk_folder(path: Path, key: str) -> Listing:
         else:
             kinds = (words for is_kind, words in _KINDS if is_kind(status.st_mode))
             left_out[name] = next(kinds, "not a regular file")
-    if not sizes:
-        raise DataError(named(key) + _nothing_found(path, others))
     names = sorted(sizes, key=os.fsencode)
     lengths = np.array([sizes[name] for name in names], np.int64)
-    return Listing(names, lengths, folders, left_out)
+    return Listing(names, lengths, folders, left_out, dict(others.most_common()))
 
 
 def warn_of_left_out(found: Listing, path: Path) -> None:
@@ -99,6 +113,20 @@ def warn_of_left_out(found: Listing, path: Path) -> None:
             else f"{len(names)} entries have names of images, are not files, and are",
             some(names),
         )
+
+
+def first_level(path: Path) -> list[os.DirEntry[str]]:
+    """List what lies in a folder, sorted by name; what begins with a dot is hidden.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with os.scandir(path) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{printable(str(path))}: {error.strerror}") from error
+    return sorted(shown, key=lambda entry: os.fsencode(entry.name))
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -159,9 +187,12 @@ def _changed(status: os.stat_result) -> int:
     return 0 if is_recent else status.st_mtime_ns
 
 
-def _nothing_found(path: Path, others: Counter[str]) -> str:
+def _nothing_found(path: Path, others: Mapping[str, int], *, has_key: bool) -> str:
     text = f"{printable(str(path))} holds 0 images ({' '.join(sorted(SUFFIXES))})"
     if not others:
         return f"{text}; it has no other files either"
-    seen = ", ".join(f"{count} x {printable(suffix)}" for suffix, count in others.most_common(3))
-    return f"{text}; it has other files: {seen}"
+    most = list(others.items())[:3]
+    seen = ", ".join(f"{count} x {printable(suffix)}" for suffix, count in most)
+    packed = [suffix for suffix in (".tar", ".parquet") if suffix in others and not has_key]
+    hint = f"; data scan takes '{printable(str(path))}/**/*{packed[0]}'" if packed else ""
+    return f"{text}; it has other files: {seen}{hint}"

@@ -10,7 +10,8 @@ import numpy as np
 from bigsimclr.data import Source, Splits
 from bigsimclr.data.decode import UnreadableImageError, decode
 from bigsimclr.data.processes import in_processes
-from bigsimclr.data.scan import Spread, class_counts, read_sample, spread
+from bigsimclr.data.scan import Spread, class_counts, spread
+from bigsimclr.data.stored import stored_image
 from bigsimclr.errors import DataError
 
 _BAND: Final = 1 << 20  # pixels whose squares are summed at a time, which bounds the memory
@@ -137,7 +138,7 @@ class _Look:
 def _look(source: Source, index: int, max_pixels: int) -> _Look | None:
     start = time.thread_time_ns()
     try:
-        stored = read_sample(source, index).image
+        stored = stored_image(source, index)
         read = time.thread_time_ns()
         pixels = decode(stored, max_pixels=max_pixels)
     except UnreadableImageError:

@@ -1,6 +1,7 @@
 """Several sources as one: their images behind each other, seen in given shares."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -41,6 +42,7 @@ class Mixed:
         self.arrangement = None if weights is None else self._mixture(weights)
         self._is_numbered = not _are_unique(sources)
         self.left_out: Mapping[str, str] = self._left_out(beside)  # name -> reason
+        self.skipped: Mapping[str, int] = self._skipped(beside)  # suffix -> files
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -73,6 +75,15 @@ class Mixed:
             if isinstance(source, Choosy) and id(source.left_out) not in known
             for name, reason in source.left_out.items()
         }
+
+    def _skipped(self, beside: Sequence[Source]) -> Counter[str]:
+        """Add up what sources skipped; two parts of one folder know the same files."""
+        known = {id(source.skipped) for source in beside if isinstance(source, Choosy)}
+        total: Counter[str] = Counter()
+        for source in self.sources:
+            if isinstance(source, Choosy) and id(source.skipped) not in known:
+                total.update(source.skipped)
+        return total
 
     def _place(self, index: int) -> tuple[int, int]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1

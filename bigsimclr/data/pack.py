@@ -53,6 +53,8 @@ _BEGINNINGS: Final = (
     (b"BM", "bmp"),
     (b"II*\0", "tif"),
     (b"MM\0*", "tif"),
+    (b"P5", "ppm"),
+    (b"P6", "ppm"),
 )
 
 

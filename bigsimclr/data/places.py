@@ -1,6 +1,7 @@
 """Paths that a recipe names: opened as their user means them, or refused by the key's name."""
 
 import errno
+import glob
 import stat
 import time
 from collections.abc import Callable, Collection
@@ -66,6 +67,18 @@ def require_folder(path: Path, key: str, *, hint: str = "", missing_hint: str = 
         raise DataError(f"{named(key)}{printable(str(path))} is a file, not a folder{_tail(hint)}")
 
 
+def is_folder_at(path: Path) -> bool:
+    """Say whether a folder lies at `path`.
+
+    Raises:
+        DataError: what lies there is out of reach.
+    """
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise DataError(f"{printable(str(path))}: {error.strerror}") from None
+
+
 def require_file(path: Path, key: str, *, hint: str = "", missing_hint: str = "") -> None:
     """Check that `path` is a regular file; `hint` says what to do when a folder lies there.
 
@@ -108,6 +121,15 @@ def matching_files(root: Path, pattern: str, *, key: str, what: str) -> list[Pat
             f" {some(held) if held else 'nothing'}"
         )
     return paths
+
+
+def split_pattern(path: Path) -> tuple[Path, str]:
+    """Cut the path of a file, or of several as a pattern, into a folder and the rest."""
+    if path.is_file():
+        return path.parent, glob.escape(path.name)
+    parts = path.parts
+    first = next((at for at, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return Path(*parts[:first]), "/".join(parts[first:])
 
 
 def refuse_overlap(train: Collection[Path], held_out: Collection[Path], *, pattern: str) -> None:

@@ -10,13 +10,12 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bigsimclr.data import Choosy, Sample, Source, Splits
+from bigsimclr.data import Choosy, Source, Splits
 from bigsimclr.data.alike import Look, find_twins, look_of
 from bigsimclr.data.decode import UnreadableImageError, decode, read_header
 from bigsimclr.data.listing import SUFFIXES
-from bigsimclr.data.names import printable
 from bigsimclr.data.processes import in_processes
-from bigsimclr.errors import BigSimCLRError
+from bigsimclr.data.stored import stored_image
 
 MOST_DIFFERING_BITS: Final = 4
 """Photographs compressed again, resized or brightened differ in 4 bits of 64 at most; of half a
@@ -26,12 +25,12 @@ Part = Literal["train", "held out"]
 Integers = NDArray[np.int64]
 
 _SUFFIXES: Final = {
-    "JPEG": {".jpg", ".jpeg", ".mpo"},
-    "MPO": {".jpg", ".jpeg", ".mpo"},
+    "JPEG": {".jpg", ".jpeg", ".jfif", ".mpo"},
+    "MPO": {".jpg", ".jpeg", ".jfif", ".mpo"},
     "PNG": {".png"},
     "WEBP": {".webp"},
     "BMP": {".bmp"},
-    "PPM": {".ppm"},
+    "PPM": {".ppm", ".pgm"},
     "TIFF": {".tif", ".tiff"},
     "GIF": {".gif"},
 }
@@ -53,7 +52,7 @@ class Copy:
     name: str
     of: str  # the training image; for a training image, an earlier one
     bits: int | None  # in which the two perceptual hashes differ; None: the same bytes
-    is_same_class: bool
+    is_same_class: bool  # or one of them has none
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ class Scan:
     train: Group
     held_out: Group | None
     broken: tuple[Broken, ...]
+    skipped: dict[str, int]  # suffix -> files that were not taken for images, most frequent first
     formats: dict[str, int]  # most frequent first
     modes: dict[str, int]
     traits: dict[str, int]
@@ -135,6 +135,7 @@ def scan(
         train=_group(splits.train, found.bytes[:train]),
         held_out=None if splits.held_out is None else _group(splits.held_out, found.bytes[train:]),
         broken=(*_left_out(splits), *(every.broken(*entry) for entry in found.reasons())),
+        skipped=_skipped(splits),
         formats=dict(found.formats.most_common()),
         modes=dict(found.modes.most_common()),
         traits=dict(found.traits.most_common()),
@@ -161,21 +162,6 @@ def class_counts(source: Source) -> dict[str, int]:
     shown = source.labels[source.labels >= 0]
     counts = np.bincount(shown, minlength=len(source.classes))
     return dict(zip(source.classes, counts.tolist(), strict=True))
-
-
-def read_sample(source: Source, index: int) -> Sample:
-    """Read an image as it is stored.
-
-    Raises:
-        UnreadableImageError: it cannot be read, for whatever reason.
-    """
-    try:
-        return source.read(index)
-    except UnreadableImageError:
-        raise
-    except (OSError, BigSimCLRError, MemoryError) as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableImageError(printable(text or type(error).__name__)) from error
 
 
 @dataclass(frozen=True)
@@ -227,7 +213,7 @@ class _Everything:
     def look(self, number: int) -> _Seen:
         _, source, index = self.at(number)
         try:
-            stored = read_sample(source, index).image
+            stored = stored_image(source, index)
         except UnreadableImageError as error:
             return _Seen(reason=str(error))
         if isinstance(stored, np.ndarray):
@@ -314,6 +300,10 @@ def _copies(
     twins = find_twins(found.hashes, found.has_hash, found.pictures, train=train, most=most)
     resembling = (twins.twin >= 0) & ~has_original
 
+    def is_same_class(number: int, other: int) -> bool:
+        names = every.class_name(number), every.class_name(other)
+        return names[0] == names[1] or "" in names
+
     def listed(
         which: NDArray[np.bool_], of: Integers, bits: Integers | None
     ) -> list[tuple[int, Copy]]:
@@ -324,7 +314,7 @@ def _copies(
                     name=every.name(number),
                     of=every.name(int(of[number])),
                     bits=None if bits is None else int(bits[number]),
-                    is_same_class=every.class_name(number) == every.class_name(int(of[number])),
+                    is_same_class=is_same_class(number, int(of[number])),
                 ),
             )
             for number in np.flatnonzero(which).tolist()
@@ -365,3 +355,13 @@ def _left_out(splits: Splits) -> list[Broken]:
         for part in parts
         for name, reason in sorted(lost.get(part, {}).items())
     ]
+
+
+def _skipped(splits: Splits) -> dict[str, int]:
+    """Count files that were passed by. Two parts of one folder know the same ones."""
+    parts = [part for part in (splits.train, splits.held_out) if isinstance(part, Choosy)]
+    counts = {id(part.skipped): part.skipped for part in parts}
+    total: Counter[str] = Counter()
+    for skipped in counts.values():
+        total.update(skipped)
+    return dict(total.most_common())

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from bigsimclr.data.folder import found_folder, training_folder
 from bigsimclr.data.manifest import write_manifest
 from bigsimclr.data.pack import pack
 from bigsimclr.data.scan import Broken, Copy, scan
+from bigsimclr.errors import DataError
 from bigsimclr.recipe.sources import DigitsData, FolderData, MixData, ShardsData
 from tests.data.test_alike import photograph
 
@@ -200,7 +202,12 @@ def test_tar_files_are_shards_where_they_are_alone(photos: Path, tmp_path: Path)
     assert "8 for training, none held out" in invoke(str(shards))[1]
     code, _, told = invoke(str(photos))
     assert code == 3
-    assert "holds tar files beside images or folders; name a folder of one kind" in told
+    assert told == (
+        f"bigsimclr: error: {photos} holds .tar files, and other images or folders: name"
+        f" '{photos}/*.tar', or move them elsewhere\n"
+    )
+    assert "2 for training, none held out" in invoke(f"{photos}/*.tar")[1]
+    assert "2 for training, none held out" in invoke(str(photos / "backup.tar"))[1]
 
 
 def test_a_home_that_does_not_exist_is_one_line() -> None:
@@ -301,17 +308,77 @@ def test_mixtures_are_scanned_as_one(odd: Path, tmp_path: Path) -> None:
     }
 
 
-def test_parquet_files_are_scanned_by_name(tmp_path: Path) -> None:
+def write_parquet(path: Path, *seeds: int) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     arrow = pytest.importorskip("pyarrow")
-    contents = [saved(tmp_path / f"{number}.png", number) for number in (0, 1, 0)]
-    parquet.write_table(
-        arrow.table({"image": [{"bytes": content, "path": None} for content in contents]}),
-        tmp_path / "some.parquet",
-    )
-    code, text, _ = invoke(str(tmp_path / "some.parquet"))
+    contents = [saved(path.with_suffix(".tmp"), seed) for seed in seeds]
+    path.with_suffix(".tmp").unlink()
+    images = [{"bytes": content, "path": None} for content in contents]
+    parquet.write_table(arrow.table({"image": images}), path)
+
+
+@pytest.mark.parametrize("name", ["some.parquet", "so[m]e.parquet"])
+def test_parquet_files_are_scanned_by_name(tmp_path: Path, name: str) -> None:
+    write_parquet(tmp_path / name, 0, 1, 0)
+    code, text, _ = invoke(str(tmp_path / name))
     assert code == 0
     assert "1 training images with the bytes of an earlier one" in text
+
+
+def test_parquet_files_are_scanned_by_folder_and_by_pattern(tmp_path: Path) -> None:
+    for name, seeds in (("train-0", (0, 1)), ("train-1", (2,)), ("test-0", (3, 1))):
+        write_parquet(tmp_path / f"set/deep/{name}.parquet", *seeds)
+    code, text, told = invoke(str(tmp_path / "set/deep"))
+    assert code == 3
+    assert "images      5: 3 for training, 2 held out" in text
+    assert told == "bigsimclr: error: 1 held-out image among the training images\n"
+    code, text, _ = invoke(f"{tmp_path}/set/**/*.parquet")
+    assert (code, "images      5: 5 for training" in text) == (0, True)
+    code, _, told = invoke(str(tmp_path / "set"))
+    assert code == 3
+    assert f"3 x .parquet; data scan takes '{tmp_path}/set/**/*.parquet'" in told
+    code, _, told = invoke(f"{tmp_path}/nowhere/**/*.parquet")
+    assert code == 3
+    assert f"{tmp_path}/nowhere does not exist" in told
+
+
+def test_held_out_files_beyond_those_compared_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed, name in enumerate(("train-0", "validation-0", "test-0")):
+        write_parquet(tmp_path / f"{name}.parquet", seed)
+    assert "1 for training, 1 held out" in invoke(str(tmp_path))[1]
+    assert (
+        f"{tmp_path}: not read, beside train*.parquet and val*.parquet: test-0.parquet"
+        in caplog.messages
+    )
+
+
+def test_files_of_other_suffixes_are_counted(photos: Path) -> None:
+    for name in ("train/cat/a.heic", "train/b.HEIC", "val/c.heic", "train/notes", "val/d.txt"):
+        (photos / name).write_bytes(b"")
+    saved(photos / "train/cat/web.jfif", 40, "JPEG")
+    (photos / "train/cat/grey.pgm").write_bytes(b"P5 3 2 255 " + bytes(range(6)))
+    code, text, _ = invoke(str(photos))
+    assert code == 3
+    assert "skipped     5 files by their suffix: .heic 3, no suffix 1, .txt 1" in text.splitlines()
+    assert "images      16: 10 for training, 6 held out" in text
+    assert "formats     11 PNG, 3 JPEG, 1 PPM" in text.splitlines()
+    assert "wrong suffix" not in text
+    splits = found_folder(photos / "train")
+    halves = Splits(splits.train.take(np.arange(4)), splits.train.take(np.arange(4, 10)))
+    assert scan(halves, max_pixels=LIMIT).skipped == {".heic": 2, "no suffix": 1}
+
+
+def test_mixtures_count_what_their_folders_skip(photos: Path, tmp_path: Path) -> None:
+    for name in ("train/a.heic", "val/b.heic", "val/c.txt"):
+        (photos / name).write_bytes(b"")
+    (photos / "val/dog/broken.png").unlink()
+    folders = [{"kind": "folder", "root": photos / part} for part in ("train", "val")]
+    sources = tuple({"data": part | {"held_out_fraction": 0.3}} for part in folders)
+    splits = build_data(MixData.model_validate({"kind": "mix", "sources": sources}))
+    assert splits.held_out is not None
+    assert scan(splits, max_pixels=LIMIT).skipped == {".heic": 2, ".txt": 1}
 
 
 def test_empty_classes_and_classes_of_one_part_are_named(photos: Path) -> None:
@@ -361,6 +428,60 @@ def test_every_held_out_folder_is_read_and_others_are_named(
     assert [record.getMessage() for record in caplog.records] == [
         f"{photos}: not read, beside train: more"
     ]
+
+
+def test_held_out_images_without_class_folders_are_compared(photos: Path) -> None:
+    saved(photos / "test/leaked.png", 1)
+    (photos / "val").rename(photos / "Validation")
+    found = scan(found_folder(photos), max_pixels=LIMIT)
+    assert found.train.classes == {"cat": 3, "dog": 5}
+    assert found.held_out is not None
+    assert found.held_out.classes == {"cat": 2, "dog": 4}
+    assert found.leaks == (
+        Copy("Validation/cat/same.png", "cat/2.png", None, is_same_class=True),
+        Copy("test/leaked.png", "cat/1.png", None, is_same_class=True),
+    )
+
+
+def test_an_empty_held_out_folder_and_loose_images_are_named(
+    photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (photos / "test").mkdir()
+    saved(photos / "loose.png", 3)
+    found = scan(found_folder(photos), max_pixels=LIMIT)
+    assert [leak.name for leak in found.leaks] == ["cat/same.png"]
+    assert caplog.messages == [f"{photos}: not read, beside train: test, loose.png"]
+    (photos / "val").rename(photos / "elsewhere")
+    with pytest.raises(DataError, match="test holds 0 images"):
+        found_folder(photos)
+
+
+def test_a_folder_closed_to_the_reader_is_one_line() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "closed/inner").mkdir(parents=True)
+        (folder / "closed").chmod(0)
+        owner = os.geteuid()
+        if owner == 0:
+            os.seteuid(65_534)
+        try:
+            with pytest.raises(DataError, match="closed: Permission denied"):
+                found_folder(folder / "closed")
+            for shown in ("closed", "closed/inner"):
+                code, _, told = invoke(str(folder / shown))
+                assert code == 3
+                assert told == f"bigsimclr: error: {folder / shown}: Permission denied\n"
+        finally:
+            os.seteuid(owner)
+        (folder / "closed").chmod(0o755)
+
+
+def test_a_list_that_cannot_be_written_is_told_before_the_work(photos: Path) -> None:
+    (photos / "file").write_bytes(b"")
+    code, text, told = invoke(str(photos), "--out", str(photos / "file/findings.jsonl"))
+    assert (code, text) == (7, "")
+    assert "file is a file, not a folder" in told
 
 
 def test_small_and_plain_images_are_counted_as_not_compared() -> None:
