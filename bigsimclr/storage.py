@@ -25,8 +25,8 @@ def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     if path.is_dir():
         raise StorageError(f"{path} is a directory; name a file")
-    if not overwrite and os.path.lexists(path):
-        raise StorageError(f"{path} exists already; choose another name")
+    if not overwrite:
+        _require_free(path)
     if path.parent.exists() and not path.parent.is_dir():
         raise StorageError(f"{path.parent} is a file, not a folder")
     try:
@@ -37,6 +37,8 @@ def whole_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield beside
         _flush(beside)
+        if not overwrite:
+            _require_free(path)  # it may have come since the work began
         beside.replace(path)
     except StorageError:
         raise
@@ -66,6 +68,11 @@ def flush_folder(path: Path) -> None:
     """See that the names of a folder are on the disk, where its file system can say so."""
     with suppress(OSError):
         _flush(path)
+
+
+def _require_free(path: Path) -> None:
+    if os.path.lexists(path):
+        raise StorageError(f"{path} exists already; choose another name")
 
 
 def _flush(path: Path) -> None:

@@ -43,6 +43,18 @@ def test_what_is_there_stays_unless_it_may_be_replaced(tmp_path: Path) -> None:
         publish(tmp_path / "link", "three", overwrite=False)
 
 
+def test_what_came_while_the_work_went_on_stays(tmp_path: Path) -> None:
+    def work() -> None:
+        with whole_file(tmp_path / "x", overwrite=False) as beside:
+            beside.write_text("late")
+            publish(tmp_path / "x", "early")
+
+    with pytest.raises(StorageError, match=r"x exists already; choose another name$"):
+        work()
+    assert (tmp_path / "x").read_text() == "early"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_places_that_cannot_hold_a_file_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file is a file, not a folder$"):

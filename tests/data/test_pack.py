@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,18 @@ from tests.data.conftest import Encode
 from tests.data.test_real_images import CIFAR10, DATA, REPOSITORY
 
 SETTINGS = ViewSettings(image_size=8, colour_strength=1.0, colour_probability=0.8)
+
+
+def test_every_format_is_packed_under_a_name_that_is_read(tmp_path: Path) -> None:
+    contents = {"a.pgm": b"P5 2 2 255 " + bytes(4), "b.jfif": b"\xff\xd8\xff", "c.jpg": b"P6 "}
+    (tmp_path / "x").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "x" / name).write_bytes(content)
+    pack(folder_of(tmp_path / "x"), tmp_path / "pack", shuffled=False)
+    (shard,) = (tmp_path / "pack").glob("*.tar")
+    with tarfile.open(shard) as members:
+        images = [name for name in members.getnames() if not name.endswith((".json", ".cls"))]
+    assert sorted(images) == ["000000000.ppm", "000000001.jpg", "000000002.ppm"]
 
 
 def folder_of(root: Path) -> FolderSource:

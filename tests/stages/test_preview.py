@@ -128,6 +128,28 @@ def test_the_command_writes_a_page_that_loads_nothing(photos: Path, tmp_path: Pa
         assert Image.open(io.BytesIO(base64.b64decode(content))).format == "PNG"
 
 
+def test_a_pipeline_whose_steps_read_different_images_shows_its_first(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text(
+        "stage: pipeline\nsteps:\n  - {name: one, recipe: digits/1_pretrain}\n"
+        "  - {name: two, recipe: digits/4_supervised, changes: {data.held_out_fraction: 0.3}}\n"
+    )
+    code, _, told = invoke(str(file), "-o", str(tmp_path / "views.png"), "--images", "1")
+    assert code == 0, told
+    result = CliRunner().invoke(app, ["data", "scan", str(file)])
+    assert result.exit_code == 2
+    assert "a pipeline whose steps 'one' and 'two' read different images" in result.stderr
+
+
+def test_the_decoder_that_training_orders_is_not_needed(photos: Path) -> None:
+    shown = examples(recipe_of(PRETRAIN, *keys(photos), "input.decoder=dali"), 2)
+    plain = examples(recipe_of(PRETRAIN, *keys(photos), "input.decoder=pillow"), 2)
+    for one, other in zip(shown, plain, strict=True):
+        assert np.array_equal(one.views, other.views)
+
+
 def test_pages_escape_whatever_they_are_given() -> None:
     evil = '"><script>alert(1)</script>\x1b[31m\u202e'
     shown = Shown(b"", evil)
