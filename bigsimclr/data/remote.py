@@ -20,7 +20,7 @@ from bigsimclr.data.shard_index import (
     read_index,
     stamp_of,
 )
-from bigsimclr.errors import BigSimCLRError, DataError, MissingExtraError
+from bigsimclr.errors import BigSimCLRError, DataError, MissingExtraError, StorageError
 from bigsimclr.storage import whole_file
 
 try:
@@ -102,15 +102,19 @@ class RemoteShards:
         """See that a shard's copy is there, whole and the one that was indexed.
 
         Raises:
-            DataError: it cannot be copied, or is another one.
-            StorageError: the local folder cannot be written.
+            DataError: it is another one.
+            StorageError: it cannot be copied.
         """
         path, size = self.folder / name, self.sizes[name]
         with _alone(path):
             if path.is_file() and path.stat().st_size == size:
                 return  # another process was faster
             with whole_file(path, overwrite=True) as beside:
-                digest = self._asked(lambda: self._copy(name, beside))
+                try:
+                    digest = self._asked(lambda: self._copy(name, beside))
+                except DataError as error:
+                    # No image is to blame, and none may stand for those that cannot be copied.
+                    raise StorageError(str(error)) from error
                 found = stamp_of(beside)
                 stamp, sha256 = self.stamps.get(name, found[1]), self.hashes.get(name, digest)
                 if found != (size, stamp) or digest != sha256:

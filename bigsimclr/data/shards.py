@@ -1,5 +1,6 @@
 """Tar shards in the WebDataset layout, read at random by offset."""
 
+import errno
 import logging
 import os
 from collections import Counter, OrderedDict
@@ -21,7 +22,7 @@ from bigsimclr.data.pack_file import check_complete
 from bigsimclr.data.places import matching_files, patiently
 from bigsimclr.data.shard_index import ShardIndex, index_shard, read_image
 from bigsimclr.data.tar_members import open_regular
-from bigsimclr.errors import DataError
+from bigsimclr.errors import DataError, StorageError
 
 if TYPE_CHECKING:
     from bigsimclr.data.remote import RemoteShards
@@ -239,7 +240,22 @@ class _OpenFiles:
     def _opened(self, number: int) -> _OpenFile:
         if self._fetch is not None and not self._paths[number].exists():
             self._fetch(number)
-        return _OpenFile(self._paths[number])
+        try:
+            return _OpenFile(self._paths[number])
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+        # Other sources of this process have opened theirs.
+        self._open.clear()
+        try:
+            return _OpenFile(self._paths[number])
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise StorageError(
+                f"{printable(str(self._paths[number]))}: too many open files; allow more with"
+                " `ulimit -n`, or make fewer and larger shards"
+            ) from error
 
     @override
     def __getstate__(self) -> dict[str, object]:

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bigsimclr.augment import ViewSettings
 from bigsimclr.data import Source, build_data, count_examples
 from bigsimclr.data.folder import training_folder
+from bigsimclr.data.loader import Loader
 from bigsimclr.data.pack import pack
 from bigsimclr.data.pack_file import NAME
 from bigsimclr.data.shards import open_shards
-from bigsimclr.errors import DataError
+from bigsimclr.data.steps import Means
+from bigsimclr.errors import DataError, StorageError
 from bigsimclr.recipe.sources import ShardsData
 
 fsspec = pytest.importorskip("fsspec")
@@ -176,3 +179,27 @@ def test_a_pack_that_is_not_all_there_is_refused(packed: Path, tmp_path: Path) -
         open_shards(tmp_path / "copies", "*-000000.tar", remote=packed.as_uri())
     lost.write_bytes(kept)
     assert len(open_shards(tmp_path / "copies", "*-000000.tar", remote=packed.as_uri())) < 12
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_outage_ends_a_run_and_replaces_no_image(
+    packed: Path, tmp_path: Path, workers: int
+) -> None:
+    source = open_shards(tmp_path / "copies", "*.tar", remote=packed.as_uri())
+    packed.rename(tmp_path / "away")
+    with pytest.raises(StorageError, match=r"data\.remote: .*FileNotFoundError"):
+        source.read(0)
+    loader = Loader(
+        source,
+        indices=np.arange(len(source)),
+        labels=source.labels,
+        settings=ViewSettings(image_size=8),
+        views=2,
+        seed=1,
+        global_batch=4,
+        unreadable_limit=1.0,
+        means=Means(workers=workers),
+    )
+    with pytest.raises(DataError, match=r"data\.remote: .*FileNotFoundError"):
+        next(iter(loader.batches(0, 1)))
+    assert not loader.unreadable

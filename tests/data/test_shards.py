@@ -1,8 +1,10 @@
+import contextlib
 import ctypes
 import json
 import mmap
 import os
 import pickle
+import resource
 import shutil
 import tarfile
 import time
@@ -17,7 +19,7 @@ from bigsimclr.data import build_data, count_examples
 from bigsimclr.data.decode import decode
 from bigsimclr.data.shard_index import dali_index, index_path, index_shard, read_index
 from bigsimclr.data.shards import ShardSource, open_shards
-from bigsimclr.errors import DataError
+from bigsimclr.errors import DataError, StorageError
 from bigsimclr.recipe.sources import ShardsData
 from tests.data.conftest import Encode
 from tests.data.tars import add, as_json, write_samples, write_tar
@@ -85,6 +87,28 @@ def test_descriptors_stay_few(tmp_path: Path) -> None:
     assert open_descriptors() - before <= 128
     del source
     assert open_descriptors() <= before
+
+
+def test_a_process_that_may_open_few_files_reads_them_all(tmp_path: Path) -> None:
+    for number in range(100):
+        write_samples(tmp_path / f"{number:03d}.tar", {f"{number:03d}.jpg": b"x"})
+    sources = [open_shards(tmp_path, "*.tar") for _ in range(3)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_descriptors() + 30, hard))
+        for source in sources[:1] * 2:
+            assert [source.read(index).image for index in range(100)] == [b"x"] * 100
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(StorageError, match=r"00\.tar: too many open files; allow more with"):
+            sources[1].read(0)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sources[1].read(0).image == b"x"
 
 
 def test_how_images_are_cut_into_shards_does_not_matter(tmp_path: Path, root: Path) -> None:
