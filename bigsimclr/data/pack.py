@@ -33,7 +33,7 @@ from bigsimclr.data.tar_members import (
     tar_header,
     tar_padding,
 )
-from bigsimclr.data.tasks import in_processes
+from bigsimclr.data.tasks import run_tasks
 from bigsimclr.errors import DataError, StorageError
 from bigsimclr.randomness import Stream, permuted
 from bigsimclr.storage import flush_folder, publish, whole_file
@@ -136,13 +136,13 @@ def pack(
         job = replace(job, known=_begin(job))
         missing = [number for number in range(plan.shards) if not job.path(number).exists()]
         done = Progress("packed", plan.shards - len(missing), plan.shards, 0, 0)
-        for shard in in_processes(_write, job, missing, workers=workers, closed=(lock,)):
+        for shard in run_tasks(_write, job, missing, workers=workers, closed=(lock,)):
             done = _told(done, shard, report)
         flush_folder(folder)
         files: list[PackedShard] = []
         done = Progress("verified", 0, plan.shards, 0, 0)
         everything = range(plan.shards)
-        for shard in in_processes(_verified, job, everything, workers=workers, closed=(lock,)):
+        for shard in run_tasks(_verified, job, everything, workers=workers, closed=(lock,)):
             files.append(shard)
             done = _told(done, shard, report)
         finished = replace(plan, files=tuple(sorted(files, key=lambda file: file.name)))

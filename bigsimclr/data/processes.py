@@ -37,6 +37,10 @@ def die_with_parent() -> None:
     """End this process when its parent is killed, which it would otherwise not notice."""
     with contextlib.suppress(OSError, AttributeError):  # no such call but on Linux
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    # It may have been killed before that call.
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)
 
 
 def ending(code: int | None) -> str:

@@ -1,7 +1,5 @@
 """Tasks by number in worker processes that never outlive the one who asks."""
 
-import contextlib
-import ctypes
 import itertools
 import multiprocessing
 import os
@@ -9,17 +7,16 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Final, TypeVar
+from typing import TypeVar
 
+from bigsimclr.data.processes import die_with_parent
 from bigsimclr.errors import DataError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 
-
-def in_processes(
+def run_tasks(
     task: Callable[[Job, int], Result],
     job: Job,
     numbers: Iterable[int],
@@ -49,7 +46,7 @@ def in_processes(
         workers,
         mp_context=multiprocessing.get_context("fork"),
         initializer=_start,
-        initargs=(os.getpid(), job, closed),
+        initargs=(job, closed),
     ) as processes:
         # Few at a time, so that an error does not have to wait for all the others.
         running: set[Future[Result]] = set()
@@ -71,18 +68,15 @@ def in_processes(
 _job: object = None  # of a worker process
 
 
-def _start(parent: int, job: object, closed: tuple[int, ...]) -> None:
+def _start(job: object, closed: tuple[int, ...]) -> None:
     global _job  # noqa: PLW0603 - the one place where a worker can keep what it inherits
     _job = job
     for descriptor in closed:
         os.close(descriptor)
-    with contextlib.suppress(OSError, AttributeError):  # no such call but on Linux
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    die_with_parent()
     # The one who asks decides when to stop, and Ctrl-C reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _run(task: Callable[[Job, int], Result], number: int) -> Result:
-    return task(_job, number)  # type: ignore[arg-type]  # what `in_processes` was given
+    return task(_job, number)  # type: ignore[arg-type]  # what `run_tasks` was given
