@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from bigsimclr.cli import app
@@ -290,6 +292,23 @@ def test_version_and_module() -> None:
     ended = _spawn("--version")
     assert ended.returncode == 0
     assert ended.stdout.startswith("bigsimclr 0.")
+
+
+@pytest.mark.slow
+def test_verbose_says_what_was_taken(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    words = ["run", "digits/1_pretrain", "data.kind=folder", f"data.root={tmp_path / 'photos'}"]
+    words += ["data.labelled=false", "batch.global_batch=8", "schedule.epochs=1"]
+    words += ["schedule.warmup_epochs=0", "input.decoder=pillow", "parallel.device=cpu", "--quiet"]
+    plain = _spawn(*words, "--out", str(tmp_path / "plain"))
+    verbose = _spawn(*words, "--out", str(tmp_path / "verbose"), "--verbose")
+    assert (plain.returncode, plain.stderr) == (0, "")
+    assert verbose.returncode == 0
+    lines = verbose.stderr.splitlines()
+    assert {"device: cpu", "decoder: Pillow, as ordered", "kernels: plain PyTorch"} <= set(lines)
 
 
 def test_debug_shows_the_traceback_wherever_it_stands() -> None:

@@ -1,5 +1,6 @@
 """The command `bigsimclr`: each command a few lines; nothing heavy is imported before its use."""
 
+import logging
 import sys
 from typing import Annotated, NoReturn
 
@@ -58,10 +59,10 @@ data_app.command("preview", cls=Command)(inspecting.data_preview)
 
 
 def main() -> NoReturn:
-    """Run the command line; `--debug` may stand anywhere in it."""
+    """Run the command line; `--debug` and `--verbose` may stand anywhere in it."""
     words = sys.argv[1:]
-    if "--debug" in words and "--" not in words:
-        words = ["--debug", *(word for word in words if word != "--debug")]
+    if "--" not in words:
+        words.sort(key=lambda word: word not in {"--debug", "--verbose"})
     try:
         app(words, prog_name="bigsimclr")
     except SystemExit as end:
@@ -79,6 +80,14 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _show_log(wanted: bool) -> bool:
+    if wanted:
+        own = logging.getLogger("bigsimclr")
+        own.addHandler(logging.StreamHandler())
+        own.setLevel(logging.INFO)
+    return wanted
+
+
 @app.callback()
 def options(
     *,
@@ -89,5 +98,13 @@ def options(
         ),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            callback=_show_log,
+            help="Say which device, decoder and kernels are taken.",
+        ),
+    ] = False,
 ) -> None:
     """SimCLRv2 in PyTorch: pretrain, fine-tune on few labels, distil."""

@@ -50,7 +50,9 @@ def run(
 
         if not is_rank():
             place = [] if out is None else ["--out", str(out)]
-            options = ["--quiet"] * quiet + ["--debug"] * context.find_root().params["debug"]
+            chosen = context.find_root().params
+            options = ["--quiet"] * quiet + ["--debug"] * chosen["debug"]
+            options += ["--verbose"] * chosen["verbose"]
             raise typer.Exit(run_ranks(ranks, [*words, *place, *options]))
 
     from bigsimclr.stages import run_recipe
