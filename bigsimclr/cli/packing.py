@@ -78,6 +78,12 @@ def data_index(
     require_folder(folder, "")
     found = write_manifest(folder, out)
     print(f"{out}: {len(found.names):,} images, {int(found.sizes.sum()):,} bytes")
+    if not all(found.folders.values()):
+        print(
+            "folders changed within the last seconds; run this again, else every start walks"
+            " through all of them to be sure",
+            file=sys.stderr,
+        )
 
 
 class _Line:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from bigsimclr.cli import app
 from bigsimclr.data import build_data, count_examples
 from bigsimclr.data.listing import walk_folder
 from bigsimclr.data.manifest import write_manifest
@@ -158,3 +160,13 @@ def test_a_manifest_names_nothing_outside(root: Path, tmp_path: Path) -> None:
     write_manifest(root, manifest)
     with pytest.raises(DataError, match="lists no image below empty"):
         build_data(section(root, manifest=manifest, train="empty"))
+
+
+def test_a_folder_that_changed_just_now_is_told(root: Path, tmp_path: Path) -> None:
+    words = ["data", "index", str(root), "--out", str(tmp_path / "list.json")]
+    settled = CliRunner().invoke(app, words)
+    assert (settled.exit_code, settled.stderr) == (0, "")
+    os.utime(root / "train")
+    early = CliRunner().invoke(app, words)
+    assert early.exit_code == 0
+    assert early.stderr.startswith("folders changed within the last seconds; run this again")
