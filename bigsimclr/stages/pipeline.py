@@ -73,8 +73,14 @@ def _finished(
     recipe: PipelineRecipe, runs: list[PlannedRun], wanted: list[PlannedRun], directory: Path
 ) -> list[PlannedRun]:
     """Return the runs that need not be run again, after checking that those wanted can be."""
-    if not (directory / "pipeline.json").exists():
-        refuse_strangers(directory, [LAUNCHER_FOLDER, *(step.name for step in recipe.steps)])
+    described = directory / "pipeline.json"
+    try:
+        if not described.exists():
+            refuse_strangers(directory, [LAUNCHER_FOLDER, *(step.name for step in recipe.steps)])
+    except RecipeError:
+        # Another rank, or the job of another step, may describe the pipeline at this moment.
+        if not described.exists():
+            raise
     finished = [run for run in runs if (directory / run.path / "result.json").exists()]
     for run in finished:
         finished_result(run.recipe, directory / run.path)
@@ -94,7 +100,7 @@ def _describe(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{directory} cannot be written: {error.strerror}") from error
-    write_json(directory / "pipeline.yaml", json.loads(recipe.model_dump_json()))
+    # First what says whose directory it is.
     write_json(
         directory / "pipeline.json",
         {
@@ -114,3 +120,4 @@ def _describe(
             ],
         },
     )
+    write_json(directory / "pipeline.yaml", json.loads(recipe.model_dump_json()))
