@@ -240,22 +240,20 @@ class _OpenFiles:
     def _opened(self, number: int) -> _OpenFile:
         if self._fetch is not None and not self._paths[number].exists():
             self._fetch(number)
-        try:
-            return _OpenFile(self._paths[number])
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise
-        # Other sources of this process have opened theirs.
-        self._open.clear()
-        try:
-            return _OpenFile(self._paths[number])
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise
-            raise StorageError(
-                f"{printable(str(self._paths[number]))}: too many open files; allow more with"
-                " `ulimit -n`, or make fewer and larger shards"
-            ) from error
+        error: OSError | None = None
+        for _ in range(2):
+            try:
+                return _OpenFile(self._paths[number])
+            except OSError as found:
+                if found.errno != errno.EMFILE:
+                    raise
+                error = found
+            # Other sources of this process have opened theirs: these are given up for it.
+            self._open.clear()
+        raise StorageError(
+            f"{printable(str(self._paths[number]))}: too many open files; allow more with"
+            " `ulimit -n`, or make fewer and larger shards"
+        ) from error
 
     @override
     def __getstate__(self) -> dict[str, object]:

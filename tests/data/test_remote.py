@@ -9,16 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bigsimclr.augment import ViewSettings
 from bigsimclr.data import Source, build_data, count_examples
 from bigsimclr.data.folder import training_folder
-from bigsimclr.data.loader import Loader
 from bigsimclr.data.pack import pack
 from bigsimclr.data.pack_file import NAME
 from bigsimclr.data.shards import open_shards
-from bigsimclr.data.steps import Means
 from bigsimclr.errors import DataError, StorageError
 from bigsimclr.recipe.sources import ShardsData
+from tests.data.test_loader import loader
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -189,17 +187,7 @@ def test_an_outage_ends_a_run_and_replaces_no_image(
     packed.rename(tmp_path / "away")
     with pytest.raises(StorageError, match=r"data\.remote: .*FileNotFoundError"):
         source.read(0)
-    loader = Loader(
-        source,
-        indices=np.arange(len(source)),
-        labels=source.labels,
-        settings=ViewSettings(image_size=8),
-        views=2,
-        seed=1,
-        global_batch=4,
-        unreadable_limit=1.0,
-        means=Means(workers=workers),
-    )
+    stream = loader(source, workers=workers, unreadable_limit=1.0)
     with pytest.raises(DataError, match=r"data\.remote: .*FileNotFoundError"):
-        next(iter(loader.batches(0, 1)))
-    assert not loader.unreadable
+        next(iter(stream.batches(0, 1)))
+    assert not stream.unreadable
