@@ -22,7 +22,6 @@ _LAYOUTS: Final = (torch.contiguous_format, torch.channels_last)
 class Batch:
     """Parameters, or pieces of them, with their gradients and momenta."""
 
-    is_flat: bool  # on a CPU, each [n] without gaps
     owners: list[int] = field(default_factory=list)  # number of the parameter of each
     weights: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
@@ -44,11 +43,11 @@ def in_batches(
     batches: list[Batch] = []
     held = 0
     for owner, tensors in enumerate(zip(weights, gradients, momenta, strict=True)):
-        pieces = _pieces(tensors, most) if on_cpu else []
+        pieces = flat_pieces(tensors, most) if on_cpu else []
         for weight, gradient, momentum in pieces or [tensors]:
             held += weight.numel()
-            if not batches or held > most or batches[-1].is_flat != bool(pieces):
-                batches.append(Batch(is_flat=bool(pieces)))
+            if not batches or held > most:
+                batches.append(Batch())
                 held = weight.numel()
             batch = batches[-1]
             batch.owners.append(owner)
@@ -58,8 +57,18 @@ def in_batches(
     return batches
 
 
-def _pieces(tensors: Sequence[Tensor], most: int) -> list[tuple[Tensor, ...]]:
-    """Cut tensors in the order of their memory, if that is the same in all; else return nothing."""
+def flat_pieces(
+    tensors: tuple[Tensor, Tensor, Tensor], most: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Cut tensors in the order of their memory, if that is the same in all; else return nothing.
+
+    Args:
+        tensors: of one shape.
+        most: elements in a piece.
+
+    Returns:
+        Views [n] without gaps.
+    """
     size = tensors[0].numel()
     for layout in _LAYOUTS:
         if all(tensor.is_contiguous(memory_format=layout) for tensor in tensors):

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor, _foreach_add, _foreach_mul, _foreach_norm, _fused_sgd_
+from torch import Tensor, _foreach_add, _foreach_mul, _foreach_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from bigsimclr.optim.batches import Batch, in_batches
+from bigsimclr.optim import lars_cpu
+from bigsimclr.optim.batches import Batch, flat_pieces, in_batches
 
 if TYPE_CHECKING:
     from bigsimclr.kernels.lars_update import LarsUpdate
@@ -178,6 +179,12 @@ class LARS(Optimizer):
         self, parameters: list[Tensor], *, rate: float | Tensor, weight_decay: float, adapt: bool
     ) -> None:
         """Apply one update to the parameters of one group."""
+        if self.classic and self.momentum and not self.nesterov and self._squared_norms is None:
+            parameters = self._update_on_cpu(
+                parameters, rate=rate, weight_decay=weight_decay, adapt=adapt
+            )
+            if not parameters:
+                return
         batches = in_batches(
             parameters,
             [p.grad for p in parameters if p.grad is not None],
@@ -193,10 +200,27 @@ class LARS(Optimizer):
             factors = list(self._trust(batches, len(parameters), weight_decay).mul_(rate).unbind())
         for batch in batches:
             own = [factors[owner] for owner in batch.owners]
-            if self.classic and self.momentum and not self.nesterov and batch.is_flat:
-                _move_in_one_pass(batch, own, weight_decay=weight_decay, momentum=self.momentum)
-            else:
-                self._move(batch, own, weight_decay=weight_decay)
+            self._move(batch, own, weight_decay=weight_decay)
+
+    def _update_on_cpu(
+        self, parameters: list[Tensor], *, rate: float | Tensor, weight_decay: float, adapt: bool
+    ) -> list[Tensor]:
+        """Apply one update to those that are on a CPU and without gaps; return the others."""
+        most = lars_cpu.ELEMENTS * torch.get_num_threads()
+        others: list[Tensor] = []
+        for parameter in parameters:
+            gradient, momentum = parameter.grad, self.state[parameter]["momentum"]
+            pieces: list[lars_cpu.Piece] = []
+            if parameter.is_cpu and parameter.dtype in lars_cpu.TYPES and gradient is not None:
+                pieces = flat_pieces((parameter, gradient, momentum), most)
+            if not pieces:
+                others.append(parameter)
+                continue
+            factor = float(rate)
+            if adapt:
+                factor *= lars_cpu.trust_ratio(pieces, weight_decay, self.trust_coefficient)
+            lars_cpu.move(pieces, factor, weight_decay=weight_decay, momentum=self.momentum)
+        return others
 
     def _move(self, batch: Batch, factors: list[Any], *, weight_decay: float) -> None:
         """Update a batch by its directions times their factors."""
@@ -250,30 +274,6 @@ def _slopes(batch: Batch, weight_decay: float) -> list[Tensor]:
     if weight_decay == 0:
         return batch.gradients
     return _list(_foreach_add(batch.gradients, batch.weights, alpha=weight_decay))
-
-
-def _move_in_one_pass(
-    batch: Batch, factors: list[Any], *, weight_decay: float, momentum: float
-) -> None:
-    """Update a batch on a CPU, reading and writing its memory once.
-
-    PyTorch's SGD scales the decayed gradient by 1 - dampening before it joins the momentum.
-    """
-    for weight, gradient, buffer, factor in zip(
-        batch.weights, batch.gradients, batch.momenta, factors, strict=True
-    ):
-        _fused_sgd_(
-            [weight],
-            [gradient],
-            [buffer],
-            weight_decay=weight_decay,
-            momentum=momentum,
-            lr=1.0,
-            dampening=1.0 - float(factor),
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-        )
 
 
 def _list(tensors: Iterable[Tensor]) -> list[Tensor]:
