@@ -65,13 +65,6 @@ BENCHMARKS = (
         ("strong", "lightly", "solo"),
     ),
     Benchmark(
-        "roofline",
-        "What the hardware allows",
-        "Counted, not measured: the images per second of one GPU, each kernel at the larger of its "
-        "times for FLOPs and for bytes, by how much is fused.",
-        tables.roofline,
-    ),
-    Benchmark(
         "scaling",
         "Several processes on this machine's cores",
         "Efficiency is throughput over that of as many single processes. The file has a model of "

@@ -167,40 +167,6 @@ def step_times(result: Result) -> Times:
     }
 
 
-# --- roofline --------------------------------------------------------------------------------
-
-_TIERS = {
-    "eager": "eager",
-    "fused": "fused_elementwise",
-    "+ epilogue": "epilogue",
-    "ideal": "ideal",
-}
-_ROOFLINE = {
-    "network": "network",
-    "GFLOP/view": "training_gflop_per_view",
-    "MB saved/view": "saved_megabytes_per_view",
-    **{
-        f"images/s, {heading}": f"tiers.{tier}.op_roofline_images_per_second"
-        for heading, tier in _TIERS.items()
-    },
-    "ideal is bound by": "tiers.ideal.binds",
-}
-_REACHED = {
-    "network": "model",
-    "method": "method",
-    "images/s": "images_per_second",
-    **{f"of {heading}": f"{tier}.of_op_roofline" for heading, tier in _TIERS.items()},
-}
-
-
-def roofline(result: Result) -> list[Table]:
-    tables: list[Table] = [("", result["networks"], _ROOFLINE)]
-    if "measured" in result:
-        caption = f"Of this, `{result['measured']['command']}` reached"
-        tables.append((caption, result["measured"]["fractions"], _REACHED))
-    return tables
-
-
 # --- scaling ---------------------------------------------------------------------------------
 
 _SCALING = {
