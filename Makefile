@@ -12,6 +12,7 @@ GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
 PEERS := 'lightly>=1.5.20' pytorch-metric-learning
 # Those that a CPU can run.
 BENCHMARKS := loss optimizer augment step roofline digits
+RENDER := $(BIN)/python -m benchmarks.render
 # Built beside torch, which its own environment for building would lack.
 DEEPSPEED := deepspeed==0.19.8
 DEEPSPEED_NEEDS := wheel setuptools py-cpuinfo hjson msgpack einops tqdm psutil ninja packaging
@@ -23,7 +24,7 @@ CIFAR10 ?= data/cifar10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup dali demo check lint test fix storm storm-ranks storm-slurm storm-pack scaling bench docs gpu-check gpu-cifar clean
+.PHONY: help setup dali demo check lint test fix storm storm-ranks storm-slurm storm-pack scaling bench bench-docs docs gpu-check gpu-cifar clean
 
 help: ## Print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,19 +84,21 @@ storm-pack: setup ## Pack 60,000 images of CIFAR-10 while being killed ten times
 
 scaling: setup ## Throughput on 1, 2, ... ranks of this machine; a model of many GPUs beside it
 	@$(BIN)/python -m benchmarks.scaling -o benchmarks/results/scaling.json
-	@$(BIN)/python -m benchmarks.render > /dev/null
+	@$(RENDER) > /dev/null
 
-bench: setup ## Time and memory of the parts beside others' on a CPU; the digits pipeline; docs/benchmarks.md
+bench: setup ## Time and memory of the parts beside others' on a CPU; the digits pipeline; then bench-docs
 	@$(INSTALL) --no-deps $(PEERS)
 	@set -e; for name in $(BENCHMARKS); do \
 	  echo "bench: $$name"; $(BIN)/python -m benchmarks.$$name --output benchmarks/results/$$name.json; \
 	done
-	@$(BIN)/python -m benchmarks.render
+	@$(RENDER)
 
-docs: setup ## Write docs/recipes.md again from the recipe schema, and docs/benchmarks.md from the results
+bench-docs: setup ## Write docs/benchmarks.md and docs/performance.md from benchmarks/results
+	@$(RENDER) > /dev/null
+
+docs: bench-docs ## Write docs/recipes.md again from the recipe schema, and the pages of bench-docs
 	@$(BIN)/bigsimclr explain --all --markdown > docs/recipes.md.new
 	@mv docs/recipes.md.new docs/recipes.md
-	@$(BIN)/python -m benchmarks.render > /dev/null
 
 gpu-check: ## Tests that need a GPU, then its benchmarks, in nine minutes; uses PYTHON where there is no .venv
 	@$(GPU_PYTHON) -m benchmarks.gpu_check

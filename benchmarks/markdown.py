@@ -20,9 +20,17 @@ def machine_of(result: Result) -> dict[str, Any]:
     return {**environment, **environment.get("machine", {}), **result.get("machine", {})}
 
 
+def gpu_of(result: Result) -> str | None:
+    """Return the name of the GPU that was measured; None for a CPU."""
+    machine = machine_of(result)
+    device = machine.get("device", "cpu")
+    name = machine.get("gpu") or (None if device == "cpu" else device)
+    return None if name is None else str(name)
+
+
 def commit_of(result: Result) -> str:
     """Return the commit that was measured."""
-    return str(result.get("commit") or machine_of(result)["commit"])
+    return str(result.get("commit") or machine_of(result).get("commit") or "not known")
 
 
 def listed(facts: Mapping[str, Any]) -> str:

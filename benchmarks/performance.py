@@ -5,11 +5,12 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.drawing import svg
-from benchmarks.markdown import commit_of, filled, machine_of, number, table
+from benchmarks.markdown import commit_of, filled, gpu_of, machine_of, number, table
 from benchmarks.predictions import Prediction, Results, Tier, allowed, counted
 from benchmarks.reasons import SECTIONS, Section
 from benchmarks.tables import Row
@@ -111,7 +112,7 @@ def _measured(figure: Figure | None, goal: Goal) -> str:
 
 
 def _verdict(target: Target, figure: Figure | None, prediction: Prediction | None) -> str:
-    said = verdict(target, figure)
+    said: str = verdict(target, figure)
     if figure is None:
         fails = prediction is not None and _best(target.goal, prediction) < 1
         return f"{said}; predicted to miss" if fails else said
@@ -127,7 +128,10 @@ def _best(goal: Goal, prediction: Prediction) -> float:
 def _misses(targets: tuple[Target, ...], results: Results) -> list[str]:
     """Return why targets were missed, where we know."""
     missed = [target for target in targets if verdict(target, target.find(results)) == "missed"]
-    return [filled(f"{target.what}: {target.why(results)}") + "\n" for target in missed]
+    return [
+        filled(f"*{target.what}:* {target.why(results) or 'why is not known yet.'}") + "\n"
+        for target in missed
+    ]
 
 
 def _link(name: str) -> str:
@@ -150,10 +154,10 @@ def _floors(results: Results) -> str:
         rows.append(
             {
                 "network": name,
-                "GFLOP": network["training_gflop_per_view"],
-                "GB, eager": tiers["eager"]["gigabytes_per_view"],
-                "GB, fused": tiers["fused_elementwise"]["gigabytes_per_view"],
-                "MB saved": network["saved_megabytes_per_view"],
+                "GFLOP": round(network["training_gflop_per_view"], 1),
+                "GB, eager": round(tiers["eager"]["gigabytes_per_view"], 2),
+                "GB, fused": round(tiers["fused_elementwise"]["gigabytes_per_view"], 2),
+                "MB saved": round(network["saved_megabytes_per_view"]),
                 **{
                     heading: round(tiers[tier]["op_roofline_images_per_second"])
                     for tier, heading in TIERS.items()
@@ -173,17 +177,17 @@ def _floors(results: Results) -> str:
         f"{settings['views_that_share_the_weights']} views; our kernels aim at *fused*."
     )
     if not reached:
-        text += " No network has been measured on a GPU yet, so none has a share reached."
+        text += " No network has been measured on an H100 yet, so none has a share reached."
     return f"## Floors\n\n{filled(text)}\n\n{table(rows, {key: key for key in rows[0]})}"
 
 
 def _reached(results: Results) -> dict[str, tuple[float, str]]:
-    """Return our highest images per second of each network on a GPU, and where it is from."""
+    """Return our highest images per second of each network on an H100, and where it is from."""
     best: dict[str, tuple[float, str]] = {}
     for name, result in results.items():
-        if not name.startswith("step-") or result["device"] == "cpu":
+        if not name.startswith("step-") or "H100" not in (gpu_of(result) or ""):
             continue
-        for case in result["cases"]:
+        for case in result.get("cases", ()):
             rate = case["methods"].get("ours", {}).get("images_per_second", 0.0)
             if case["size"] == 224 and rate > best.get(case["model"], (0.0, ""))[0]:
                 best[case["model"]] = rate, name
@@ -204,9 +208,11 @@ def _outcome(section: Section, results: Results) -> list[str]:
         if figure is not None and prediction is not None
     ]
     missing = sum(figure is None for _, figure, _ in found)
+    if missing == len(targets):
+        return ["* Not measured yet."]
     if missing:
         lines.append(f"* Not measured yet: {missing} of {len(targets)} targets.")
-    return lines or ["* All of its targets are measured, and none had a prediction."]
+    return lines or ["* All of its targets are measured; none had a prediction."]
 
 
 def _compared(figure: Figure, prediction: Prediction) -> str:
@@ -231,7 +237,8 @@ def _sources(results: Results) -> str:
     for name in ("roofline", *sorted(names)):
         result = results[name]
         machine = machine_of(result)
-        parts = [machine.get("gpu"), machine.get("cpu"), f"{machine['cores']} cores"]
+        cores = machine.get("cores")
+        parts = [gpu_of(result), machine.get("cpu"), None if cores is None else f"{cores} cores"]
         rows.append(
             {
                 "file": name + ".json" if name == "roofline" else _link(name),
@@ -248,8 +255,18 @@ def _sources(results: Results) -> str:
 # --- plot ------------------------------------------------------------------------------------
 
 
-def shares(folder: Path) -> list[tuple[str, float | None, tuple[float, float] | None]]:
-    """Return what the plot shows: label, and shares of the target measured and predicted."""
+@dataclass(frozen=True)
+class Bar:
+    """A line of the plot, in shares of its target."""
+
+    label: str
+    measured: float | None
+    predicted: tuple[float, float] | None
+    is_limit: bool
+
+
+def shares(folder: Path) -> list[Bar]:
+    """Return what the plot shows: all targets that are measured or predicted."""
     results = results_in(folder)
     drawn = []
     for device, targets in (("CPU", CPU), ("GPU", GPU)):
@@ -261,7 +278,8 @@ def shares(folder: Path) -> list[tuple[str, float | None, tuple[float, float] | 
                 low, high = map(target.goal.share, (prediction.low, prediction.high))
                 computed = min(low, high), max(low, high)
             if measured or computed:
-                drawn.append((f"{target.what}, {device}", measured or None, computed))
+                limit = prediction is not None and prediction.is_limit
+                drawn.append(Bar(f"{target.what}, {device}", measured or None, computed, limit))
     return drawn
 
 
@@ -270,24 +288,25 @@ def plot(folder: Path) -> str:
     drawn = shares(folder)
 
     def draw(axes: "Axes") -> None:
-        for place, (_, measured, computed) in enumerate(drawn):
-            if measured is not None:
-                colour = COLOURS["reached" if measured >= 1 else "missed"]
-                axes.barh(place, measured - 1, left=1, color=colour, height=0.6)
-                ahead = measured >= 1
-                axes.text(
-                    measured * (1.04 if ahead else 0.96), place, f"{measured:.2f}",
-                    va="center", ha="left" if ahead else "right", fontsize=8,
-                )  # fmt: skip
-            if computed is not None:
-                axes.plot(computed, (place, place), color="#101828", marker="|", linewidth=1.5)
+        for place, bar in enumerate(drawn):
+            if bar.measured is not None:
+                ahead = bar.measured >= 1
+                colour = COLOURS["reached" if ahead else "missed"]
+                axes.barh(place, bar.measured - 1, left=1, color=colour, height=0.6)
+                beside, side = (1.04, "left") if ahead else (0.96, "right")
+                words = f"{bar.measured:.2f}"
+                axes.text(bar.measured * beside, place, words, va="center", ha=side, fontsize=8)
+            if bar.predicted is not None:
+                marker = "<" if bar.is_limit else "|"
+                axes.plot(bar.predicted, (place, place), color="#101828", marker=marker)
         axes.axvline(1, color="#667085", linewidth=1)
-        axes.set_yticks(range(len(drawn)), [label for label, *_ in drawn], fontsize=8)
+        axes.set_yticks(range(len(drawn)), [bar.label for bar in drawn], fontsize=8)
         axes.invert_yaxis()
-        axes.set_xscale("log")
+        axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
         axes.margins(x=0.1, y=0.03)
-        axes.set_xlabel("share of the target, more is better; bars measured, lines predicted")
+        axes.set_xlabel(
+            "share of the target: bars measured, lines predicted, triangles limits", fontsize=8
+        )
 
     return svg(0.9 + 0.28 * len(drawn), draw)

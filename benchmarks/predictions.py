@@ -33,10 +33,6 @@ class Prediction:
     high: float
     is_limit: bool = False
 
-    @property
-    def middle(self) -> float:
-        return (self.low * self.high) ** 0.5
-
 
 Predict = Callable[[Results], Prediction | None]
 
@@ -128,17 +124,6 @@ def lars_time(name: str) -> Predict:
         return _limit(1e3 * moved / _ceilings(results)[1])
 
     return predict
-
-
-def lars_over_lightly(results: Results) -> Prediction | None:
-    """What is left to win: lightly's time over that of a copy of as many bytes, by threads."""
-    found = [
-        row["time_over_30_byte_floor"]
-        for threads in results.get("optimizer", {}).get("results", ())
-        for row in threads["methods"]
-        if row["method"] == "lightly"
-    ]
-    return Prediction(min(found), max(found)) if found else None
 
 
 # --- views -----------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ def _loss(results: Results) -> list[str]:
         "For M views of D values ours multiplies in 5 M²D FLOPs: one triangle of logits forward, "
         "all of them and their product backward. For 8,192 views that takes at least "
         f"{number(floor)} us. Predicted is the rate of a Triton kernel for attention, which does "
-        f"much the same, at {slow} to {fast} TFLOP/s on an H100 ([measured by its authors]"
-        f"({ATTENTION})). Autograd needs 6 M²D FLOPs and, as we read lightly's code, {few} to "
-        f"{many} sweeps over logits of 268 MB."
+        f"much the same, at {slow} to {fast} TFLOP/s beside FlashAttention-3, so on a Hopper "
+        f"GPU ([published]({ATTENTION})). Autograd needs 6 M²D FLOPs and, as we read lightly's "
+        f"code, {few} to {many} sweeps over logits of 268 MB."
     )
     taken = []
     for threads in (1, 2):
@@ -131,10 +131,10 @@ def _step(results: Results) -> list[str]:
     rates = {name: row.get("images_per_second") for name, row in case["methods"].items()}
     spread = max(row.get("spread", 0.0) for row in case["methods"].values())
     others = ", ".join(
-        f"{name} {number(rate)}" for name, rate in rates.items() if rate and name != "ours"
+        f"{name} {rate:.2f}" for name, rate in rates.items() if rate and name != "ours"
     )
     cpu = (
-        f"On a CPU, where no kernel of ours runs, a ResNet-18 trains on {number(rates['ours'])} "
+        f"On a CPU, where no kernel of ours runs, a ResNet-18 trains on {rates['ours']:.2f} "
         f"images/s ({others}): all of them use PyTorch's convolutions. The rounds of one method "
         f"differ by up to {spread:.0%}."
     )

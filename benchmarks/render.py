@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from benchmarks import performance
 from benchmarks.drawing import svg
-from benchmarks.markdown import commit_of, filled, listed, machine_of, table
+from benchmarks.markdown import commit_of, filled, gpu_of, listed, machine_of, table
 from benchmarks.parts import BENCHMARKS, Benchmark
 from benchmarks.tables import Result
 
@@ -79,8 +79,7 @@ def bars(folder: Path) -> list[tuple[str, float]]:
     """Return what the plot shows: how many times faster ours is than each of the others."""
     shown_bars = []
     for benchmark, _, result in results(folder):
-        machine = machine_of(result)
-        device = "GPU" if "gpu" in machine or machine.get("device", "cpu") != "cpu" else "CPU"
+        device = "CPU" if gpu_of(result) is None else "GPU"
         for group, times in benchmark.times(result).items():
             ours = next(method for method in benchmark.ours if method in times)
             shown_bars += [

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.render import PAGE, PLOT, RESULTS, bars, page, plot, shown, table
+from benchmarks.markdown import shown, table
+from benchmarks.render import PAGE, PLOT, RESULTS, bars, page, plot
 
 
 def _result(name: str) -> Any:
@@ -22,7 +23,7 @@ def _cells(text: str) -> list[list[str]]:
 
 
 def test_page_is_fresh() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(RESULTS), "run `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == page(RESULTS), "run `make bench-docs`"
 
 
 def test_plot_is_fresh() -> None:
@@ -31,8 +32,8 @@ def test_plot_is_fresh() -> None:
     drawn = bars(RESULTS)
     assert drawn
     for label, ratio in drawn:
-        assert f">{label}</text>" in text, "run `make docs`"
-        assert f">{ratio:.2f}</text>" in text, "run `make docs`"
+        assert f">{label}</text>" in text, "run `make bench-docs`"
+        assert f">{ratio:.2f}</text>" in text, "run `make bench-docs`"
     assert text.count("</text>") == plot(RESULTS).count("</text>")
 
 
