@@ -60,8 +60,8 @@ def _head(results: Results) -> str:
         f"{verdicts.count('missed')} missed, and {verdicts.count('not measured')} not measured yet."
     )
     terms = (
-        "*Predicted* is computed from counted work, never measured; where it has a sign, it is a "
-        "limit that no program on this hardware passes, one H100 with "
+        "*Predicted* is computed from counted work, never measured; where it has a sign, it is the "
+        "limit of what fuses as ours does, on one H100 that reaches "
         f"{number(ceilings['flops_per_second'] / 1e12)} TFLOP/s in bf16 and "
         f"{number(ceilings['bytes_per_second'] / 1e12)} TB/s ({ceilings['what']}). *Close* is a "
         "figure that differs less from its target than its rounds differ among themselves."
@@ -168,13 +168,13 @@ def _floors(results: Results) -> str:
             }
         )
     text = (
-        "Counted from our networks, of all 13 rows of the paper's Table 1: work and traffic of a "
-        "training step for each view, and the images (two views) per second that one GPU allows, "
-        "every kernel at the larger of its times for FLOPs and for bytes, by how much is fused: "
-        "nothing; batch norm, ReLU and sums; statistics into the convolution before, too; and the "
-        "rest into the one after. "
-        f"{settings['image_size']} px, {settings['precision']}, weights shared by "
-        f"{settings['views_that_share_the_weights']} views; our kernels aim at *fused*."
+        "Counted from our networks, all 13 rows of the paper's Table 1, in training at "
+        f"{settings['image_size']} px in {settings['precision']}. GFLOP, GB moved and MB saved are "
+        f"of a view, of {settings['views_that_share_the_weights']} that share the weights. The "
+        "columns after them are images (two views) per second that one GPU allows, every kernel at "
+        "the larger of its times for FLOPs and for bytes. *eager* fuses nothing; *fused* batch "
+        "norm, ReLU and sums, as our kernels do; *+ epilogue* also the statistics into the "
+        "convolution before; *ideal* the rest into the one after."
     )
     if not reached:
         text += " No network has been measured on an H100 yet, so none has a share reached."
