@@ -77,12 +77,12 @@ def _optimizer(results: Results) -> list[str]:
         if {"plain", "lightly"} <= rows.keys():
             ours, theirs = (rows[name]["gigabytes_per_second"] for name in ("plain", "lightly"))
             moved.append(
-                f"{ours} GB/s on {_threads(found['threads'])} (lightly's {theirs}, a copy "
-                f"{found['copied_gigabytes_per_second']})"
+                f"{ours} GB/s on {_threads(found['threads'])} ({number(ours / theirs)} times "
+                f"lightly's {theirs}, a copy {found['copied_gigabytes_per_second']})"
             )
     if not moved:
         return [computed]
-    cpu = f"On a CPU ours moves them at {' and '.join(moved)}; the copy bounds what can be won."
+    cpu = f"On a CPU ours moves them at {' and '.join(moved)}."
     return [computed, cpu]
 
 
