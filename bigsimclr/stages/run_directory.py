@@ -172,12 +172,17 @@ def environment() -> dict[str, object]:
     }
 
 
-def source_commit() -> str | None:
-    """Return the git commit of the source tree; None for an installed package."""
+def source_commit(tree: Path = Path(bigsimclr.__file__).parent.parent) -> str | None:
+    """Return the git commit of a source tree, by default of this package's.
+
+    Returns:
+        What git says; in a tree copied without it, what a file `.commit` there says; else None,
+        as for an installed package.
+    """
     git = shutil.which("git")
-    tree = Path(bigsimclr.__file__).parent.parent
     if git is None or not (tree / ".git").exists():
-        return None
+        note = tree / ".commit"
+        return note.read_text(encoding="utf-8").strip() or None if note.is_file() else None
     answer = subprocess.run(  # noqa: S603 - a fixed command without user input
         [git, "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         capture_output=True,

