@@ -8,7 +8,7 @@ Source: google-research/simclr lars_optimizer.py, tf2/lars_optimizer.py; arXiv 1
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import torch
 from torch import Tensor, _foreach_add, _foreach_mul, _foreach_norm
@@ -26,6 +26,17 @@ SquaredNorms = Callable[[list[Tensor]], list[Tensor]]
 
 LARS gives it the norms of this rank's pieces, whose norm is that of what they are pieces of.
 """
+
+
+_OWN: Final = (
+    "momentum",
+    "trust_coefficient",
+    "nesterov",
+    "classic",
+    "_squared_norms",
+    "_is_fused",
+)
+"""Settings of the whole optimizer, which `Optimizer` would leave out of a copy."""
 
 
 class LARS(Optimizer):
@@ -71,17 +82,30 @@ class LARS(Optimizer):
                 f"learning_rate {learning_rate} must be at least 0, trust_coefficient "
                 f"{trust_coefficient} positive and momentum {momentum} in [0, 1)"
             )
-        super().__init__(params, {"lr": learning_rate, "weight_decay": 0.0, "adapt": True})
         self.momentum = momentum
         self.trust_coefficient = trust_coefficient
         self.nesterov = nesterov
         self.classic = classic
         self._squared_norms = squared_norms
-        self._is_fused = fused and all(_suits_kernels(p) for p in self._parameters())
+        self._is_fused = fused
         self._copies: Mapping[Tensor, Tensor] = {}
         self._settings: list[tuple[float, bool]] = []
         self._kernels: LarsUpdate | None = None  # for parameters of these settings
-        for parameter in self._parameters():
+        super().__init__(params, {"lr": learning_rate, "weight_decay": 0.0, "adapt": True})
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy consists of; it makes kernels of its own."""
+        own = {name: value for name, value in vars(self).items() if name in _OWN}
+        return {**super().__getstate__(), **own, "_copies": {}, "_settings": [], "_kernels": None}
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take parameters in, with state that is complete from the start."""
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]["params"]
+        self._is_fused = self._is_fused and all(_suits_kernels(p) for p in added)
+        for parameter in added:
             self.state[parameter]["momentum"] = torch.zeros_like(parameter)
 
     @overload

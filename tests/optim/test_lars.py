@@ -1,5 +1,8 @@
 """LARS against the update written out per tensor."""
 
+import copy
+import io
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -171,3 +174,39 @@ def test_squared_norms_may_be_summed_over_shards():
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match="must be at least 0"):
         LARS([Parameter(torch.ones(1))], **settings)
+
+
+def a_step(optimizer, seed):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter, gradient in zip(parameters, tensors(seed), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def saved_and_loaded(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_goes_on_as_the_original(copied):
+    group = {"params": [Parameter(weight) for weight in tensors(1)], "weight_decay": DECAY}
+    settings = {"momentum": 0.7, "trust_coefficient": TRUST, "nesterov": True, "classic": False}
+    optimizer = LARS([group], learning_rate=0.3, **settings)
+    a_step(optimizer, 100)
+    other = copied(optimizer)
+    for mine, its in zip(a_step(optimizer, 101), a_step(other, 101), strict=True):
+        torch.testing.assert_close(its, mine, rtol=0, atol=0)
+
+
+def test_parameters_may_join_later():
+    weights = tensors(1)
+    together = LARS([Parameter(w.clone()) for w in weights], learning_rate=0.3)
+    later = LARS([Parameter(w.clone()) for w in weights[:1]], learning_rate=0.3)
+    later.add_param_group({"params": [Parameter(w.clone()) for w in weights[1:]]})
+    for seed in (100, 101):
+        for mine, its in zip(a_step(together, seed), a_step(later, seed), strict=True):
+            torch.testing.assert_close(its, mine, rtol=0, atol=0)
