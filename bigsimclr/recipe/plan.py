@@ -243,6 +243,12 @@ def share_batch(
         raise RecipeError(
             f"batch.micro_batch: {rank_batch} images per rank are not a multiple of {taken}"
         )
+    if taken * (world_size if group is None else group) == 1 and not isinstance(
+        recipe, LinearRecipe
+    ):
+        # Of two values batch norm makes +1 and -1: an image's two views come out opposite.
+        key = "batch.global_batch" if rank_batch == 1 else "batch.micro_batch"
+        raise RecipeError(f"{key}: batch norm needs 2 images in every forward pass at least")
     update = _choose_update(recipe, whole=taken == rank_batch)
     if batch.batch_norm == "two_pass":
         if update != "direct":

@@ -106,6 +106,17 @@ def test_groups_of_ranks_come_out_even() -> None:
         )
 
 
+def test_batch_norm_never_sees_one_image_alone() -> None:
+    one, alone = recipe(", micro_batch: 1"), recipe("", "sync_group_size: 1")
+    with pytest.raises(RecipeError, match=r"^batch\.micro_batch: batch norm needs 2 images"):
+        share_batch(one)
+    with pytest.raises(RecipeError, match=r"^batch\.global_batch: batch norm needs 2 images"):
+        share_batch(alone, world_size=64)
+    assert share_batch(one, world_size=2) == BatchShares(32, 1, "cached")
+    assert share_batch(recipe(), world_size=64) == BatchShares(1, 1, "direct")
+    assert share_batch(alone, world_size=32) == BatchShares(2, 2, "direct")
+
+
 def test_a_shipped_recipe_of_many_ranks() -> None:
     shipped = load_recipe("recipes/imagenet/1_pretrain.yaml")
     assert isinstance(shipped, PretrainRecipe)
