@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from bigsimclr.errors import CheckpointError, RecipeError
+from bigsimclr.errors import CheckpointError, RecipeError, StorageError
 from bigsimclr.interop import PortableModel, Preprocessing
 from bigsimclr.models import Architecture, restore_model
 from bigsimclr.storage import whole_file
@@ -59,7 +59,10 @@ def write_tensors(
         raise RecipeError(f"{path}: a {SUFFIX} file is written; choose a name that ends so")
     rows = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path, overwrite=False) as beside:
-        safetensors.torch.save_file(rows, beside, dict(metadata))
+        try:
+            safetensors.torch.save_file(rows, beside, dict(metadata))
+        except safetensors.SafetensorError as error:  # a full disk, too, is none of its OSErrors
+            raise StorageError(f"{path} cannot be written: {error}") from error
 
 
 def read_model_file(path: Path) -> PortableModel:

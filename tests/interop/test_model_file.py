@@ -1,6 +1,8 @@
 """A network in one file: the same network back, or one clear error."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,22 @@ def read_or_refusal(file: Path) -> PortableModel | str:
         return read_model_file(file)
     except CheckpointError as error:
         return str(error)
+
+
+def test_a_file_size_limit_is_a_storage_error(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    program = f"""
+import resource, torch
+from pathlib import Path
+from bigsimclr.interop.model_file import write_tensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+write_tensors(Path({str(file)!r}), {{"big": torch.zeros(250_000)}}, {{}})
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"StorageError: {file} cannot be written: " in done.stderr
+    assert "File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_changed_files_are_refused(tmp_path: Path, portable: PortableModel) -> None:
