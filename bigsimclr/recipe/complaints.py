@@ -57,11 +57,14 @@ def complaints_about(error: ValidationError, root: Node, recipe: type[Section]) 
     details = error.errors(include_url=False)
     located = [(detail, _blamed(detail, root, recipe)) for detail in details]
     failed = {place.key for _, place in located}
+    misspelt = {_meant(place) for detail, place in located if detail["type"] == "extra_forbidden"}
     problems: dict[str, Problem] = {}
     for detail, place in located:
-        # A list that lost its bad items only seems too short.
-        is_echo = detail["type"] == "too_short" and any(
-            key.startswith(f"{place.key}.") for key in failed
+        # A list that lost its bad items only seems too short, a misspelt key only seems missing.
+        is_echo = (
+            any(key.startswith(f"{place.key}.") for key in failed)
+            if detail["type"] == "too_short"
+            else detail["type"] == "missing" and place.key in misspelt
         )
         is_rule = detail["type"] == "value_error"
         if place.node.broken or is_echo or (is_rule and _holds_broken(place.node)):
@@ -239,6 +242,13 @@ def _takes_path(annotation: object) -> bool:
     return annotation is Path or any(map(_takes_path, get_args(annotation)))
 
 
+def _meant(place: _Place) -> str | None:
+    """Return the key that an unknown one is near to, dotted."""
+    before, _, word = place.key.rpartition(".")
+    near = nearest(word, place.section.model_fields) if place.section is not None else None
+    return None if near is None else f"{before}.{near}".removeprefix(".")
+
+
 def _unknown_key(place: _Place, recipe: type[Section]) -> str:
     if place.section is None:
         return "unknown key"
@@ -265,7 +275,7 @@ def _missing(place: _Place) -> str:
         return "a value is missing"
     *_, word = place.key.split(".")
     field = place.section.model_fields[word]
-    meaning = (field.description or "").split("\n")[0]
+    meaning = " ".join((field.description or "").split()).partition(". ")[0].removesuffix(".")
     return f"the required key is missing; {meaning[:1].lower()}{meaning[1:]}"
 
 

@@ -303,6 +303,25 @@ KEYS: list[BadRecipe] = [
         "optimizer.learning_rate: the required key is missing; base rate",
     ),
     (
+        "missing key of long meaning",
+        _with("{kind: digits}", "{kind: folder}"),
+        2,
+        "data.root: the required key is missing; the folder that holds the images, or the `train` "
+        "and `held_out` folders; relative to the current directory, ~ is the home folder",
+    ),
+    (
+        "misspelt required key",
+        _with("global_batch", "globl_batch"),
+        7,
+        "batch.globl_batch: unknown key; did you mean 'global_batch'?",
+    ),
+    (
+        "misspelt required section",
+        _with("augment:", "augmnt:"),
+        3,
+        "augmnt: unknown key; did you mean 'augment'?",
+    ),
+    (
         "missing section",
         _with("batch: {global_batch: 64}\n", ""),
         1,
