@@ -181,8 +181,11 @@ def _fused(
     *,
     normalise: bool,
 ) -> Tensor:
+    from bigsimclr.kernels import is_interpreted
     from bigsimclr.kernels.nt_xent import fused_nt_xent
 
+    if not first.is_cuda and not is_interpreted():
+        raise ValueError(f"fused NT-Xent needs projections on a GPU, not on {first.device}")
     if not normalise or first.dtype == torch.float64:
         raise ValueError("fused NT-Xent compares by cosine, and computes no float64")
     with torch.autocast(first.device.type, enabled=False):

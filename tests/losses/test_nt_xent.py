@@ -1,6 +1,9 @@
 """NT-Xent against a slow reference written from the definition."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -243,6 +246,19 @@ def _saved_by(function):
 def test_impossible_inputs_are_refused(shapes, settings, message):
     with pytest.raises(ValueError, match=message):
         nt_xent(torch.ones(shapes[0]), torch.ones(shapes[1]), **settings)
+
+
+def test_the_kernels_want_a_gpu():
+    program = """
+import torch
+from bigsimclr import nt_xent
+nt_xent(torch.ones(3, 4), torch.ones(3, 4), fused="fp32")
+"""
+    # In a process of its own: whether Triton interprets is settled when it is first imported.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "ValueError: fused NT-Xent needs projections on a GPU, not on cpu" in done.stderr
 
 
 def test_metrics_compare_second_views_only():
