@@ -229,7 +229,7 @@ class ResNet(Recomputed):
         generator: Draws the initial weights; read in the order of the modules.
 
     Raises:
-        ValueError: the depth is not known, or the width leaves no channel.
+        ValueError: the depth or the stem is not known, or the width leaves no channel.
 
     Source: google-research/simclr resnet.py, tf2/resnet.py.
     """
@@ -246,6 +246,8 @@ class ResNet(Recomputed):
         super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"depth {depth} is not one of {', '.join(map(str, DEPTHS))}")
+        if stem not in ("imagenet", "cifar"):
+            raise ValueError(f"stem {stem!r} is neither imagenet nor cifar")
         in_width = stem_width(width)
         plan = DEPTHS[depth]
         self.conv1: nn.Module

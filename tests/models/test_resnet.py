@@ -196,8 +196,10 @@ def test_every_parameter_receives_a_finite_gradient(depth: int, selective_kernel
         assert parameter.grad.any(), name
 
 
-def test_unknown_depth_and_empty_width_are_refused() -> None:
+def test_unknown_depth_and_stem_and_empty_width_are_refused() -> None:
     with pytest.raises(ValueError, match="depth 51 is not one of 10, 18"):
         resnet(51)
     with pytest.raises(ValueError, match=r"width 0\.01 leaves fewer than 2"):
         resnet(width=0.01)
+    with pytest.raises(ValueError, match="stem 'cifar10' is neither imagenet nor cifar"):
+        resnet(stem="cifar10")
