@@ -209,10 +209,12 @@ def read_log(run: Path, *, follow: bool) -> Iterator[str]:
         follow: go on until the job neither waits nor runs.
 
     Raises:
-        RecipeError: the run has no jobs.
+        RecipeError: there is no such run, or it has no jobs.
         DistributedError: Slurm does not answer.
     """
     jobs = jobs_of(run)
+    if not jobs and not run.is_dir():
+        raise RecipeError(f"{run} is no folder; bigsimclr runs lists the runs there are")
     if not jobs:
         raise RecipeError(f"{run} has no jobs; its progress is in {run / 'metrics.jsonl'}")
     begun = [job for job in jobs if Path(job.log).exists()] or jobs

@@ -225,6 +225,8 @@ def test_the_newest_log_that_is_there(tmp_path: Path) -> None:
 def test_a_run_without_jobs_has_no_log(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"has no jobs; its progress is in .*metrics\.jsonl"):
         list(read_log(tmp_path, follow=False))
+    with pytest.raises(RecipeError, match=r"nowhere is no folder; bigsimclr runs lists the runs"):
+        list(read_log(tmp_path / "nowhere", follow=False))
 
 
 def test_signs_of_several_bytes_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
