@@ -104,7 +104,7 @@ def load_parent(recipe: LinearRecipe | KnnRecipe | FinetuneRecipe | DistillRecip
         )
     if parent.is_file():
         return load_network(parent)
-    if not parent.is_dir():
+    if not (parent / "recipe.yaml").exists():
         raise CheckpointError(f"parent: {parent} is not a run directory, nor a model file")
     if not (parent / "result.json").exists():
         raise CheckpointError(f"parent: {parent} is not finished; run it to its end first")

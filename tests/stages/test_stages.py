@@ -172,6 +172,8 @@ def test_another_recipe_in_the_same_directory_is_refused(tmp_path: Path) -> None
 def test_a_stage_without_its_parent_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="parent=DIR"):
         tiny.run(tiny.FINETUNE, tmp_path / "a")
+    with pytest.raises(CheckpointError, match="is not a run directory, nor a model file"):
+        tiny.run(tiny.FINETUNE, tmp_path / "a", f"parent={tmp_path}")
     with pytest.raises(CheckpointError, match="not a run directory"):
         tiny.run(tiny.FINETUNE, tmp_path / "b", f"parent={tmp_path / 'none'}")
 
