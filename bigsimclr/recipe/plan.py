@@ -278,6 +278,8 @@ def make_plan(
     shares = share_batch(recipe, world_size=world_size, micro_batch=micro_batch)
     batch = recipe.batch
     contrastive = recipe if isinstance(recipe, PretrainRecipe) else None
+    if contrastive is not None and examples < 2:
+        raise RecipeError("data: a contrastive loss needs 2 images at least, and there is one")
     if contrastive is not None and examples < batch.global_batch:
         raise RecipeError(
             f"batch.global_batch: {examples} images cannot fill a batch of {batch.global_batch} "

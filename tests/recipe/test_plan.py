@@ -117,6 +117,13 @@ def test_batch_norm_never_sees_one_image_alone() -> None:
     assert share_batch(alone, world_size=32) == BatchShares(2, 2, "direct")
 
 
+def test_the_batch_that_is_advised_can_be_filled() -> None:
+    with pytest.raises(RecipeError, match=r"^batch\.global_batch: 3 .* batch\.global_batch=2$"):
+        make_plan(recipe(), examples=3)
+    with pytest.raises(RecipeError, match=r"^data: a contrastive loss needs 2 images at least"):
+        make_plan(recipe(), examples=1)
+
+
 def test_a_shipped_recipe_of_many_ranks() -> None:
     shipped = load_recipe("recipes/imagenet/1_pretrain.yaml")
     assert isinstance(shipped, PretrainRecipe)
