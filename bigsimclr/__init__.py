@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bigsimclr.models.heads import ProjectionHead
     from bigsimclr.models.resnet import ResNet
     from bigsimclr.models.simclr import SimCLR
+    from bigsimclr.optim import parameter_groups
     from bigsimclr.optim.lars import LARS
     from bigsimclr.optim.schedule import warmup_cosine
     from bigsimclr.recipe import load_recipe
@@ -38,6 +39,7 @@ _HOMES = {
     "load_model": "bigsimclr.stages.load",
     "load_recipe": "bigsimclr.recipe",
     "nt_xent": "bigsimclr.losses.nt_xent",
+    "parameter_groups": "bigsimclr.optim",
     "run_recipe": "bigsimclr.stages",
     "warmup_cosine": "bigsimclr.optim.schedule",
 }
@@ -57,6 +59,7 @@ __all__ = [
     "load_model",
     "load_recipe",
     "nt_xent",
+    "parameter_groups",
     "run_recipe",
     "warmup_cosine",
 ]

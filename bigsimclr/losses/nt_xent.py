@@ -232,6 +232,12 @@ def _check(
     row_chunk: int | None,
 ) -> None:
     """Refuse shapes and settings that have no loss."""
+    for projections in (first, second):
+        if not isinstance(projections, Tensor):
+            raise ValueError(
+                f"projections must be a tensor, not a {type(projections).__name__}; "
+                "a ProjectionHead returns those of every layer, the last of them is compared"
+            )
     if first.ndim != 2 or first.shape != second.shape or first.shape[0] == 0:
         raise ValueError(
             f"two non-empty [B, D] of one shape expected, not {tuple(first.shape)} "

@@ -42,7 +42,7 @@ class ProjectionHead(nn.Module):
         in_width: F; also the width of every layer but the last.
         layers: Dense layers of the whole head.
         output_width: D, the width of the last layer.
-        generator: Draws the initial weights.
+        generator: Draws the initial weights; None: PyTorch's own.
         keep_layers: Build only this many of the first layers; None builds all. The last layer of
             the whole head has no ReLU and no bias, so a cut head is not a shorter head.
 
@@ -56,12 +56,13 @@ class ProjectionHead(nn.Module):
         self,
         in_width: int,
         *,
-        layers: int,
-        output_width: int,
-        generator: torch.Generator,
+        layers: int = 3,
+        output_width: int = 128,
+        generator: torch.Generator | None = None,
         keep_layers: int | None = None,
     ) -> None:
         super().__init__()
+        generator = generator or torch.default_generator
         kept = layers if keep_layers is None else keep_layers
         if not 1 <= kept <= layers:
             raise ValueError(f"a head of {layers} layers cannot keep {kept}")

@@ -226,7 +226,8 @@ class ResNet(Recomputed):
         selective_kernel: Selective kernels in bottleneck blocks, and for every depth the ResNet-D
             shortcut and (with the imagenet stem) the three-convolution ResNet-D stem.
         stem: imagenet divides the resolution by 4; cifar keeps it.
-        generator: Draws the initial weights; read in the order of the modules.
+        generator: Draws the initial weights; read in the order of the modules. None: PyTorch's
+            own, which `torch.manual_seed` sets.
 
     Raises:
         ValueError: the depth or the stem is not known, or the width leaves no channel.
@@ -236,14 +237,15 @@ class ResNet(Recomputed):
 
     def __init__(
         self,
-        *,
         depth: int,
-        width: float,
-        selective_kernel: bool,
-        stem: Literal["imagenet", "cifar"],
-        generator: torch.Generator,
+        *,
+        width: float = 1.0,
+        selective_kernel: bool = False,
+        stem: Literal["imagenet", "cifar"] = "imagenet",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        generator = generator or torch.default_generator
         if depth not in DEPTHS:
             raise ValueError(f"depth {depth} is not one of {', '.join(map(str, DEPTHS))}")
         if stem not in ("imagenet", "cifar"):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from bigsimclr.optim.adamw import TensorFlowAdamW
@@ -20,6 +20,7 @@ __all__ = [
     "build_optimizer",
     "load_optimizer_state",
     "optimizer_state",
+    "parameter_groups",
     "set_learning_rate",
     "warmup_cosine",
 ]
@@ -91,6 +92,28 @@ def build_optimizer(
                 learning_rate=learning_rate,
                 betas=section.betas,
             )
+
+
+def parameter_groups(module: Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Group a module's trained parameters as the official LARS treats them in pretraining.
+
+    Weights of convolutions and dense layers, which have two axes or more, decay and adapt; biases
+    and the scales of normalisations do neither.
+
+    Args:
+        module: any, such as an encoder with its projection head.
+        weight_decay: added to the gradient in every update, times the weights.
+
+    Returns:
+        Groups for `LARS`; for another optimizer drop their `adapt`.
+
+    Source: google-research/simclr model_util.py (`get_optimizer`).
+    """
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    kinds: dict[str, ParameterKind] = {
+        name: "kernel" if parameter.ndim > 1 else "bias" for name, parameter in parameters.items()
+    }
+    return _groups(parameters, kinds, weight_decay=weight_decay, decayed=_KERNELS, adapted=_KERNELS)
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:

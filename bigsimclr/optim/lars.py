@@ -43,8 +43,9 @@ class LARS(Optimizer):
     """Layer-wise adaptive rates with momentum; no value is read back from a GPU.
 
     Each group carries `weight_decay` (per update, added to the gradient) and `adapt` (whether the
-    rate follows |weights| / |gradient|). The trust ratio is 1 where either norm is 0. Parameters
-    without a gradient are left alone.
+    rate follows |weights| / |gradient|); bare parameters all adapt, which the scales and biases of
+    batch norm should not: `bigsimclr.parameter_groups` makes the official groups. The trust ratio
+    is 1 where either norm is 0. Parameters without a gradient are left alone.
 
     Args:
         params: Parameters, or groups of them with `weight_decay` and `adapt`.

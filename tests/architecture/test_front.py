@@ -23,6 +23,7 @@ PUBLIC = [
     "load_model",
     "load_recipe",
     "nt_xent",
+    "parameter_groups",
     "run_recipe",
     "warmup_cosine",
 ]

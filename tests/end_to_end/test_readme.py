@@ -1,4 +1,4 @@
-"""The README's own lines, run as they stand on a small folder of photographs."""
+"""The lines of README and docs/python.md, run as they stand, on a small folder of photographs."""
 
 import os
 import re
@@ -18,12 +18,12 @@ from tests.interop.networks import portable
 from tests.interop.official import tf1_variables
 from tests.interop.write_bundle import write_bundle
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["schedule.epochs=null", "schedule.steps=2", "schedule.warmup_epochs=0"]
 
 
-def _blocks(language: str) -> list[str]:
-    text = README.read_text(encoding="utf-8")
+def _blocks(language: str, page: str = "README.md") -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
@@ -106,3 +106,12 @@ def test_python(tmp_path: Path) -> None:
     (program,) = _blocks("python")
     text = _run(["-c", f"{program}\nprint(features.dtype, list(features.shape))"], tmp_path)
     assert text.splitlines()[-1] == "torch.float32 [8, 192]"
+
+
+@pytest.mark.slow
+def test_a_loop_of_your_own(tmp_path: Path) -> None:
+    (program,) = _blocks("python", "docs/python.md")
+    text = _run(["-c", f"{program}\nprint(loss.item(), first.std(0).mean().item())"], tmp_path)
+    loss, spread = map(float, text.split())
+    assert 0 < loss < 20  # of 63 equal candidates 8.3; projections of noise are far from equal
+    assert spread > 0

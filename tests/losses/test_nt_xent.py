@@ -248,6 +248,11 @@ def test_impossible_inputs_are_refused(shapes, settings, message):
         nt_xent(torch.ones(shapes[0]), torch.ones(shapes[1]), **settings)
 
 
+def test_all_layers_of_a_head_are_refused():
+    with pytest.raises(ValueError, match="not a tuple; a ProjectionHead returns those of every"):
+        nt_xent((torch.ones(3, 4),), (torch.ones(3, 4),))
+
+
 def test_the_kernels_want_a_gpu():
     program = """
 import torch

@@ -203,3 +203,14 @@ def test_unknown_depth_and_stem_and_empty_width_are_refused() -> None:
         resnet(width=0.01)
     with pytest.raises(ValueError, match="stem 'cifar10' is neither imagenet nor cifar"):
         resnet(stem="cifar10")
+
+
+def test_by_default_pytorch_draws_the_weights_of_a_plain_network() -> None:
+    torch.manual_seed(3)
+    plain = ResNet(10)
+    generator = torch.Generator().manual_seed(3)
+    wanted = ResNet(
+        depth=10, width=1.0, selective_kernel=False, stem="imagenet", generator=generator
+    )
+    for (name, found), expected in zip(plain.named_parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(found, expected), name

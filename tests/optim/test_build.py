@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import Parameter
 
 from bigsimclr.errors import CheckpointError
@@ -9,6 +10,7 @@ from bigsimclr.optim import (
     build_optimizer,
     load_optimizer_state,
     optimizer_state,
+    parameter_groups,
     set_learning_rate,
 )
 from bigsimclr.recipe.sections import AdamW, Lars, Sgd
@@ -153,3 +155,15 @@ def test_state_that_does_not_fit_changes_nothing(kind, damage):
         load_optimizer_state(optimizer, saved)
     for key, tensor in optimizer_state(optimizer).items():
         assert torch.equal(tensor, before[key])
+
+
+def test_the_groups_of_any_module():
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    module[2].bias.requires_grad_(requires_grad=False)
+    kernels, rest = parameter_groups(module, weight_decay=0.1)
+    assert kernels["names"] == ["0.weight", "2.weight"]
+    assert (kernels["weight_decay"], kernels["adapt"]) == (0.1, True)
+    assert rest["names"] == ["0.bias", "1.weight", "1.bias"]
+    assert (rest["weight_decay"], rest["adapt"]) == (0.0, False)
+    wanted = [module[0].bias, *module[1].parameters()]
+    assert list(map(id, rest["params"])) == list(map(id, wanted))
