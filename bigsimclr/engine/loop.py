@@ -92,9 +92,11 @@ def train(run: Run, *, resume: Checkpoint | None, stop: StopRequest, report: Rep
     Raises:
         Stopped: a signal asked for it; the state is saved.
         NumericsError: a loss or gradient is not finite; the last checkpoint is intact.
+        StorageError: there is no space for a checkpoint, or it cannot be written.
     """
     progress = Progress() if resume is None else _restore(run, resume)
     plan, world, saver, pulse = run.plan, run.world, run.saver, run.pulse
+    _require_space(run, progress)
     started = time.monotonic() - progress.seconds
     window = _Window()
     batches = run.loader.batches(progress.step * plan.global_batch, plan.steps - progress.step)
@@ -222,13 +224,14 @@ def _update(run: Run, batch: Batch, step: int) -> tuple[Losses, Update, float]:
         saved = run.saver.finish()  # a save in progress holds an earlier, finite state
         where = f"last good checkpoint: {saved}" if saved is not None else "no checkpoint yet"
         raise NumericsError(
-            f"step {step}: {error}; {where}. Try a lower optimizer.learning_rate or "
-            "parallel.precision=fp32"
+            f"step {step}: {error}; {where}. Try a lower optimizer.learning_rate, or "
+            "parallel.precision=fp32 where it is another"
         ) from error
     if not update.skipped:
-        run.objective.after_update(
-            batch.split(plan.micro_batch), run.make_views, run.strategy.whole()
-        )
+        with run.strategy.compute():
+            run.objective.after_update(
+                batch.split(plan.micro_batch), run.make_views, run.strategy.whole()
+            )
     return losses, update, rate
 
 
@@ -248,6 +251,21 @@ def _begin_save(run: Run, progress: Progress, started: float) -> None:
     run.pulse.at("save", progress.step, allowance=SLOW_PHASE)
     average_running_statistics(run.objective.model, run.world)
     progress.seconds = time.monotonic() - started
+    run.saver.begin(
+        examples=progress.step * run.plan.global_batch,
+        tensors=_state(run),
+        facts={
+            **run.facts,
+            "step": progress.step,
+            "seconds": progress.seconds,
+            "losses": progress.losses,
+            "strategy": run.strategy.state(),
+        },
+    )
+
+
+def _state(run: Run) -> dict[str, dict[str, Tensor]]:
+    """Return this rank's part of all that a checkpoint holds."""
     shares = Shares(run.world)
     # What is whole only one after the other must not stay on the device.
     on_host = run.world.size > 1
@@ -257,24 +275,20 @@ def _begin_save(run: Run, progress: Progress, started: float) -> None:
         for name, tensor in piece.items()
         if shares.is_kept(name, tensor.nbytes)
     }
-    run.saver.begin(
-        examples=progress.step * run.plan.global_batch,
-        tensors={
-            "model": model,
-            "optimizer": run.strategy.optimizer_part(shares.is_kept),
-            **{
-                section: {name: t for name, t in named.items() if shares.is_kept(name, t.nbytes)}
-                for section, named in run.objective.state().items()
-            },
+    return {
+        "model": model,
+        "optimizer": run.strategy.optimizer_part(shares.is_kept),
+        **{
+            section: {name: t for name, t in named.items() if shares.is_kept(name, t.nbytes)}
+            for section, named in run.objective.state().items()
         },
-        facts={
-            **run.facts,
-            "step": progress.step,
-            "seconds": progress.seconds,
-            "losses": progress.losses,
-            "strategy": run.strategy.state(),
-        },
-    )
+    }
+
+
+def _require_space(run: Run, progress: Progress) -> None:
+    """Refuse to train towards a checkpoint that would not fit on the disk."""
+    if progress.step < run.plan.steps:
+        run.saver.require_space(_state(run))
 
 
 def _finish_save(run: Run, progress: Progress) -> Path | None:

@@ -107,6 +107,20 @@ class Saver:
         self.newest: Path | None = None  # that this saver has published
         self.blocked_seconds = 0.0  # for which the training waited, since it was last asked
 
+    def require_space(self, tensors: Tensors) -> None:
+        """Refuse to train towards a checkpoint that would not fit on the disk.
+
+        Args:
+            tensors: what `begin` will be given; only their sizes count.
+
+        Raises:
+            StorageError: there is no space for it.
+        """
+        needed = sum(self._world.numbers(_bytes_of(tensors)))
+        with self._world.together():
+            if self._world.rank == 0:
+                self._check_space(f"a checkpoint in {self._root}", needed)
+
     def is_written(self) -> bool:
         """Say whether a save has begun, and no rank has anything left to write of it."""
         # Whether one has begun is known alike on all ranks, so that most steps ask nobody.
@@ -140,8 +154,7 @@ class Saver:
             _check_values(tensors)
             copies.update({name: _host_copies(named) for name, named in tensors.items()})
         facts_json = canonical_json(dict(facts)) if self._world.rank == 0 else b""
-        own = len(facts_json) + sum(t.nbytes for named in copies.values() for t in named.values())
-        needed = sum(self._world.numbers(own))
+        needed = sum(self._world.numbers(len(facts_json) + _bytes_of(copies)))
         place = ""
         with self._world.together():
             if self._world.rank == 0:
@@ -190,6 +203,15 @@ class Saver:
         self.blocked_seconds += time.perf_counter() - started
         return save.final
 
+    def _check_space(self, what: str, needed: int) -> None:
+        """Fail before the first byte when a checkpoint cannot fit."""
+        free = _free_bytes(self._root)
+        if free is not None and free < needed:
+            raise StorageError(
+                f"no space for {what}: it needs {_mb(needed)}, {_mb(free)} are free. "
+                "Earlier checkpoints are untouched."
+            )
+
     def _make_place(self, final: Path, needed: int) -> str:
         """Make the directory to write into; the name is empty where the checkpoint exists."""
         try:
@@ -199,7 +221,7 @@ class Saver:
             clear_unfinished(self._root)
             if is_intact(final):
                 return ""
-            _check_space(final, needed)
+            self._check_space(f"checkpoint {final}", needed)
             name = f".tmp-{final.name}-{secrets.token_hex(4)}"
             (self._root / name).mkdir(mode=0o700)
         except StorageError:
@@ -253,14 +275,8 @@ def _check_values(tensors: Tensors) -> None:
                 )
 
 
-def _check_space(final: Path, needed: int) -> None:
-    """Fail before the first byte when the checkpoint cannot fit."""
-    free = _free_bytes(final.parent)
-    if free is not None and free < needed:
-        raise StorageError(
-            f"no space for checkpoint {final}: it needs {_mb(needed)}, {_mb(free)} are free. "
-            "Earlier checkpoints are untouched."
-        )
+def _bytes_of(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
 
 
 def _unwritable(final: Path, needed: int, error: OSError) -> StorageError:
@@ -305,9 +321,10 @@ def _prune(final: Path, *, keep: int) -> None:
 
 
 def _free_bytes(path: Path) -> int | None:
-    """Bytes free for this user on the disk of `path`; None where the disk does not say."""
+    """Bytes free for this user where `path` is or will be; None where the disk does not say."""
+    place = next((place for place in (path, *path.parents) if place.exists()), path)
     try:
-        disk = os.statvfs(path)
+        disk = os.statvfs(place)
     except OSError:
         return None
     return disk.f_bavail * disk.f_frsize if disk.f_blocks else None

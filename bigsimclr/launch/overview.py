@@ -191,13 +191,14 @@ def active_jobs(target: Path) -> list[str]:
         RecipeError: the target is neither a run with jobs nor a job of this user.
         DistributedError: Slurm does not answer.
     """
-    active = scheduler.queue()
     number = str(target)
     if re.fullmatch(r"\d+(_\d+)?", number):
+        active = scheduler.queue()
         return [job for job in active if job == number or job.startswith(f"{number}_")]
     jobs = jobs_of(target)
     if not jobs:
         raise RecipeError(f"{target} has no jobs; bigsimclr runs lists those that have")
+    active = scheduler.queue()
     return [job.number for job in jobs if job.number in active]
 
 

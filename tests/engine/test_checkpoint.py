@@ -393,6 +393,15 @@ def test_verified_files_that_are_no_safetensors_are_refused(tmp_path: Path) -> N
         read_checkpoint(path)
 
 
+def test_a_checkpoint_that_will_not_fit_is_refused_before_it_is_there(tmp_path: Path) -> None:
+    saver = Saver(tmp_path / "checkpoints", keep=2)
+    saver.require_space({"model": {"weight": torch.zeros(3)}})
+    petabytes = torch.empty(2**50, dtype=torch.float32, device="meta")
+    with pytest.raises(StorageError, match=r"it needs 4,503,599,627\.4 MB, [\d,.]+ MB are free"):
+        saver.require_space({"model": {"weight": torch.zeros(3)}, "queue": {"rows": petabytes}})
+    assert not (tmp_path / "checkpoints").exists()
+
+
 # --- faults ----------------------------------------------------------------------------------
 
 
