@@ -240,6 +240,21 @@ def test_predictions_are_those_of_the_model(
         np.testing.assert_allclose(stored["features"], features, rtol=1e-5, atol=1e-6)
 
 
+def test_one_image_is_enough(tmp_path: Path, model_file: Path, photos: Path) -> None:
+    tables = []
+    for images in (photos / "deep/er", photos / "deep/er/c.jpg"):
+        out = tmp_path / "c.csv"
+        result = invoke("predict", model_file, images, "-o", out)
+        assert (result.exit_code, result.stdout) == (0, f"{out}: classes of 1 image\n")
+        tables.append(out.read_text())
+    assert tables[0] == tables[1]
+    assert tables[0].splitlines()[1].startswith("c.jpg,class ")
+    result = invoke("predict", model_file, photos / "broken.jpg", "-o", tmp_path / "d.csv")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr.endswith(f"{photos / 'broken.jpg'}: no image could be read\n")
+    assert not (tmp_path / "d.csv").exists()
+
+
 def test_embed_keeps_the_order_of_the_names(tmp_path: Path, model_file: Path, photos: Path) -> None:
     out = tmp_path / "new" / "e.npz"
     result = invoke("embed", model_file, photos, "-o", out)

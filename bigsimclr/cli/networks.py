@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of images.")]
+ImagesArgument = Annotated[
+    Path, typer.Argument(metavar="IMAGES", help="A folder of images, or one image.")
+]
 NetworkArgument = Annotated[
     Path,
     typer.Argument(
@@ -16,29 +18,29 @@ NetworkArgument = Annotated[
 
 def embed(
     network: NetworkArgument,
-    folder: FolderArgument,
+    images: ImagesArgument,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help=".npz file to write.")],
 ) -> None:
-    """Write the features of a folder of images."""
+    """Write the features of images."""
     from bigsimclr.stages.embed import embed_to_file
 
-    written = embed_to_file(network, folder, out)
+    written = embed_to_file(network, images, out)
     print(f"{out}: features of {_counted(written.images, written.unreadable)}")
 
 
 def predict(
     network: NetworkArgument,
-    folder: FolderArgument,
+    images: ImagesArgument,
     *,
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE", help=".csv file to write.")
     ] = Path("predictions.csv"),
 ) -> None:
-    """Write the class of every image in a folder."""
+    """Write the class of every image."""
     from bigsimclr.stages.embed import predict_to_file
 
-    written = predict_to_file(network, folder, out)
+    written = predict_to_file(network, images, out)
     print(f"{out}: classes of {_counted(written.images, written.unreadable)}")
 
 

@@ -126,6 +126,19 @@ def training_folder(
     return _source(path, found, tuple(classes), _labels(found.names, classes, path, key))
 
 
+def single_image(path: Path) -> FolderSource:
+    """Open one image file, whatever its name ends in.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
+    sizes = np.array([path.stat().st_size], np.int64)
+    unknown = np.array([-1], np.int64)
+    return FolderSource(
+        path.parent, NameTable([path.name]), sizes=sizes, labels=unknown, classes=()
+    )
+
+
 def held_out_folder(
     training: FolderSource, root: Path, folder: str, *, manifest: Path | None = None
 ) -> FolderSource:

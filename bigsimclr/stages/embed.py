@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.device import make_views
-from bigsimclr.data.folder import training_folder
+from bigsimclr.data.folder import single_image, training_folder
 from bigsimclr.data.loader import evaluation_batches
 from bigsimclr.errors import CheckpointError, DataError, RecipeError
 from bigsimclr.interop import PortableModel
@@ -39,8 +39,8 @@ def embed(
         batch_size: images per forward pass.
 
     Raises:
-        ValueError: the images are not [N,3,H,W], neither uint8 nor floats, or floats outside
-            [0,1]; or the head has fewer layers.
+        ValueError: the images are not a tensor [N,3,H,W], neither uint8 nor floats, or floats
+            outside [0,1]; or the head has fewer layers.
     """
     _check_images(images)
     layers = 0 if model.head is None else len(model.head.layers)
@@ -60,6 +60,11 @@ def embed(
 def _check_images(
     images: Tensor,  # [N,3,H,W]
 ) -> None:
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images must be a tensor [N,3,H,W], not a {type(images).__name__}; the command "
+            "`bigsimclr embed` reads folders"
+        )
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [N,3,H,W], not {list(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
@@ -91,7 +96,7 @@ class _Row:
 
 
 def embed_to_file(run: Path, images: Path, out: Path) -> Written:
-    """Write the backbone's features of a folder of images to an .npz file.
+    """Write the backbone's features of a folder of images, or of one image, to an .npz file.
 
     The file holds `names` [N] (text) and `features` [N,F] (float32), in the order of the names.
     Images that cannot be read are left out.
@@ -114,7 +119,9 @@ def embed_to_file(run: Path, images: Path, out: Path) -> Written:
 
 
 def predict_to_file(run: Path, images: Path, out: Path) -> Written:
-    """Write the class of every image in a folder to a CSV file: name, class, probability.
+    """Write the class of every image in a folder, or of one, to a CSV file.
+
+    Its columns are name, class and probability.
 
     Images that cannot be read are left out.
 
@@ -145,7 +152,11 @@ def predict_to_file(run: Path, images: Path, out: Path) -> Written:
 
 
 def _rows(portable: PortableModel, images: Path, unreadable: dict[str, str]) -> Iterator[_Row]:
-    source = training_folder(images, ".", labelled=False, root_key="")
+    source = (
+        single_image(images)
+        if images.is_file()
+        else training_folder(images, ".", labelled=False, root_key="")
+    )
     settings = ViewSettings(**asdict(portable.preprocessing))
     world = use_device(ALONE)
     model = portable.model.to(world.device)

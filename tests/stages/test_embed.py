@@ -105,3 +105,8 @@ def test_every_part_of_the_model_keeps_its_mode(model: SimCLR) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert torch.equal(bsc.embed(model.eval(), pixels()), found)
+
+
+def test_other_things_than_tensors_are_refused(model: SimCLR) -> None:
+    with pytest.raises(ValueError, match=r"not a ndarray; the command `bigsimclr embed` reads"):
+        bsc.embed(model, pixels().numpy())
