@@ -1,9 +1,11 @@
 """Builds of the fused batch norm: every tensor in 16 or in 32 bits, wide and narrow."""
 
+from bigsimclr.kernels.norm_act import APPLY, DIFFERENTIATE, REDUCE
+from bigsimclr.kernels.norm_statistics import Tiles
 from tests.kernels.ahead import Build
 
-TILE = 2048
-COLUMNS = (64, 8)
+CHOSEN = {"apply": APPLY, "reduce": REDUCE, "differentiate": DIFFERENTIATE}
+WIDTHS = (64, 8)  # channels: wide and narrow tiles
 TYPES = ("bf16", "fp32")
 CHANNELS = {"mean": "*fp32", "variance": "*fp32", "weight": "*fp32"}
 SIZE = {"rows": "i32", "channels": "i32"}
@@ -14,17 +16,30 @@ def absent(*names: str) -> dict[str, object]:
     return dict.fromkeys(names)
 
 
-def of_tiles(kernel: str, signature: dict[str, str], constants: dict[str, object]) -> list[Build]:
+def of_tiles(
+    kernel: str,
+    signature: dict[str, str],
+    constants: dict[str, object],
+    tiles: Tiles | None = None,
+) -> list[Build]:
     """Build one kernel for wide and narrow matrices."""
-    return [
-        Build(
-            kernel,
-            signature | SIZE,
-            {"ROWS": TILE // columns, "COLUMNS": columns, **constants},
-            aligned=("channels",) if columns == max(COLUMNS) else (),
+    tiles = tiles or CHOSEN[kernel]
+    stages = {"STAGES": tiles.stages} if kernel == "reduce" else {}
+    found = []
+    for width in WIDTHS:
+        columns = min(tiles.columns, width)
+        sides = {"ROWS": tiles.values // columns, "COLUMNS": columns}
+        aligned = ("channels",) if width % 16 == 0 else ()
+        found.append(
+            Build(
+                kernel,
+                signature | SIZE,
+                {**sides, **stages, **constants},
+                warps=tiles.warps,
+                aligned=aligned,
+            )
         )
-        for columns in COLUMNS
-    ]
+    return found
 
 
 def forward(kind: str) -> list[Build]:
