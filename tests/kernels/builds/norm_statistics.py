@@ -8,7 +8,7 @@ SIZE = {"rows": "i32", "channels": "i32", "programs": "i32"}
 PARTIAL = {"means": "*fp32", "squares": "*fp32"}
 
 
-def measure(kind: str, tiles: Tiles = MEASURE, *, channels: int = 64) -> Build:
+def measure(kind: str, tiles: Tiles = MEASURE, *, channels: int = 256) -> Build:
     """Build it for inputs of a type; few channels make narrow tiles."""
     columns = min(tiles.columns, channels)
     return Build(
@@ -21,7 +21,7 @@ def measure(kind: str, tiles: Tiles = MEASURE, *, channels: int = 64) -> Build:
 
 
 BUILDS = [
-    *(measure(kind, channels=channels) for kind in ("bf16", "fp32") for channels in (64, 8)),
+    *(measure(kind, channels=channels) for kind in ("bf16", "fp32") for channels in (256, 8)),
     *(
         Build(
             "merge",
