@@ -98,6 +98,7 @@ def prepare(number: int, candidate: int) -> Found:
             torch.cuda.synchronize()
         except OutOfResources as error:
             found.dropped = str(error)
+        torch.cuda.empty_cache()  # other processes are beside this one
     return found
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.sweep_cases import BF16_ROUNDING, Candidate, Case, Work, number_type
 from bigsimclr.kernels import norm_act, norm_statistics, select
+from tests.kernels.ahead import Build
 from tests.kernels.builds import (
     norm_act as norm_act_builds,
     norm_statistics as norm_statistics_builds,
@@ -32,9 +33,9 @@ class Drawn:
         return torch.randn(shape, generator=self._generator, device=self._device)
 
     def images(self, *shape: int) -> Tensor:
-        """Return [N, C, H, W] of the type of activations."""
+        """Return [N, C, H, W] of the type of activations, whose sums are not near zero."""
         kind = number_type(self._device)
-        return self.rows(*shape).to(kind, memory_format=torch.channels_last)
+        return (self.rows(*shape) + 1.0).to(kind, memory_format=torch.channels_last)
 
     def norm(self, channels: int) -> tuple[Tensor, ...]:
         """Return mean, variance, weight and bias [C]."""
@@ -45,7 +46,15 @@ class Drawn:
 # --- batch norm ----------------------------------------------------------------------------------
 
 
-def batch_norm(device: torch.device, way: str, images: int, channels: int, side: int, last: bool):  # noqa: FBT001
+def batch_norm(
+    device: torch.device,
+    images: int,
+    channels: int,
+    side: int,
+    last: bool,  # noqa: FBT001 - part of a size
+    *,
+    way: str,
+) -> Callable[[norm_statistics.Tiles], Work]:
     """Return one pass; in the last layer of a block a residual is added."""
     drawn = Drawn(device)
     inputs, gradient = (drawn.images(images, channels, side, side) for _ in range(2))
@@ -91,7 +100,7 @@ LAYERS = {
 }
 
 
-def heaviest(way: str, tiles: norm_statistics.Tiles):
+def heaviest(way: str, tiles: norm_statistics.Tiles) -> tuple[str, Build]:
     """Return the module and the build with all that a kernel can be given."""
     if way == "measure":
         return "norm_statistics", norm_statistics_builds.measure("bf16", tiles)
@@ -125,7 +134,9 @@ def norm_cases() -> Iterator[Case]:
 # --- selective kernels ---------------------------------------------------------------------------
 
 
-def streams(device: torch.device, way: str, images: int, features: int, side: int):
+def streams(
+    device: torch.device, images: int, features: int, side: int, *, way: str
+) -> Callable[[select.Tiles], Work]:
     """Return one pass over the two streams of an image."""
     drawn = Drawn(device)
     inputs = drawn.images(images, 2 * features, side, side)
