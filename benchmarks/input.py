@@ -4,7 +4,7 @@
 
 FOLDER holds JPEGs or tar shards of them; few are enough, since a stream begins again at its end. A
 hundred ImageNet photographs are 11 MB. What is not installed or fails is left out, and named.
-DALI and nvImageCodec reach the hardware through nvJPEG (pip install nvidia-nvjpeg-cu13).
+DALI and nvImageCodec reach the hardware through nvJPEG (pip install nvidia-nvjpeg, for CUDA 13).
 
     decode     whole images by nvImageCodec alone, as `benchmarks.decode` says, beside Pillow's.
     rates      images per second of the loader, two crops of 224 pixels each, on the device, by each
@@ -65,8 +65,8 @@ MISSING: Final = {
 FAILURES: Final = (BigSimCLRError, ImportError, OSError, RuntimeError)
 PACKAGES: Final = (
     "simplejpeg",
-    *(f"nvidia-{name}-{cuda}" for name in ("nvimgcodec", "nvjpeg") for cuda in ("cu12", "cu13")),
-    *(f"nvidia-dali-{cuda}" for cuda in ("cuda120", "cuda130")),
+    *("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg"),
+    *("nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg-cu12"),
 )
 
 
