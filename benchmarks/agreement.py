@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.loader import SIDE, VIEWS, files_in, installed, loader_of
+from benchmarks.loader import CPU, SIDE, VIEWS, files_in, installed, loader_of
 from benchmarks.machine import machine
 from bigsimclr.augment import ViewSettings
 from bigsimclr.data import Source
@@ -28,18 +28,20 @@ from bigsimclr.stages.run_directory import source_commit
 BATCH = 50
 
 
-def compare(source: Source, *, decoder: str, batch: int = BATCH) -> dict[str, object]:
-    """Read all images of a source by a decoder and by Pillow, and compare the batches."""
+def compare(
+    source: Source, *, decoder: str, batch: int = BATCH, device: torch.device = CPU
+) -> dict[str, object]:
+    """Read all images of a source by a decoder, for a device, and by Pillow; compare batches."""
     settings = ViewSettings(image_size=SIDE)
     steps = math.ceil(len(source) / batch)
     both = [
-        loader_of(source, batch, Means(decoder=name), settings).batches(0, steps)
-        for name in (decoder, "pillow")
+        loader_of(source, batch, means, settings).batches(0, steps)
+        for means in (Means(decoder=decoder, device=device), Means(decoder="pillow"))
     ]
     total, near, most, pixels, same = 0.0, 0, 0.0, 0, True
     for found, expected in zip(*both, strict=True):
         same = same and view_hash(found) == view_hash(expected)
-        difference = torch.abs(found.pixels - expected.pixels).numpy() * 255
+        difference = torch.abs(found.pixels.cpu() - expected.pixels).numpy() * 255
         total += float(difference.sum(dtype=np.float64))
         # Whole steps are exact in Pillow's 8 bits; a rounding of float32 is not a step more.
         near += int((difference <= 2 + 1e-3).sum())

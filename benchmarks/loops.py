@@ -163,11 +163,15 @@ class OurLoop:
 
     def step(self) -> Tensor:
         """Make one update as the training loop does."""
+        return self.update(self._views, self._batch)
+
+    def update(self, views: Tensor, batch: Batch) -> Tensor:
+        """Make one update from other views [2B,3,H,W], those of a batch."""
         self._strategy.set_learning_rate(LEARNING_RATE)
         if self._graph is not None:
-            losses = self._graph(self._views, self._batch)
+            losses = self._graph(views, batch)
         else:
-            losses = direct_gradients(self._objective, self._batch, self._views, self._strategy)
+            losses = direct_gradients(self._objective, batch, views, self._strategy)
         self._strategy.update()
         return losses.total.detach()
 

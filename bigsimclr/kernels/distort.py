@@ -6,6 +6,7 @@ operations of `bigsimclr.augment.colour`. Nothing here has a gradient.
 Shapes: V views of B images, N = V x B view-major; H, W height and width in pixels.
 """
 
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -27,12 +28,21 @@ _TINY = tl.constexpr(2.0**-126)
 # sigma uniform in 0.1 to 2.0 that leaves 14 of the 23 taps at 224 pixels, on average.
 _REACH = tl.constexpr(6.0)
 
-_PIXELS_PER_THREAD: Final = 4
-_MOST_WARPS: Final = 16
-_BLUR_BLOCK: Final = 1024
-# Values in a tile of the blur, 3 x W a row: 32 rows of 224 pixels, 21 blocks without a remainder.
-# A tile reads up to 11 rows beyond either end, so much smaller ones read everything twice.
-_BLUR_TILE: Final = 21504
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program of either launch works on at a time, and with what."""
+
+    pixels: int  # of each thread
+    warps: int  # at most; fewer where a view has fewer pixels
+    blur_values: int  # 3 x W of each row that a program blurs
+    blur_block: int  # values at a time
+    blur_warps: int
+
+
+TILES: Final = Tiles(pixels=4, warps=16, blur_values=21504, blur_block=1024, blur_warps=8)
+"""A program blurs 32 rows of 224 pixels, 21 blocks without a remainder. It reads up to 11 rows
+beyond either end, so with much fewer rows everything would be read twice."""
 
 
 def pack(
@@ -75,6 +85,7 @@ def distort(
     *,
     radius: int,
     dtype: torch.dtype = torch.float32,
+    tiles: Tiles = TILES,
 ) -> Tensor:
     """Jitter, make grey, clip, blur, clip and flip each crop as decided for it.
 
@@ -87,6 +98,7 @@ def distort(
         radius: Taps of the blur on either side of the centre; 0: nothing is blurred, and what the
             decisions say of it is passed over.
         dtype: Type of the result.
+        tiles: Of the launches.
 
     Returns:
         [V*B,3,H,W] in [0, 1], channels_last; all of the first view, then all of the second.
@@ -113,7 +125,7 @@ def distort(
     decisions = decisions.contiguous()
     # Only what belongs to blurred views is ever touched.
     coloured = torch.empty_like(found, dtype=torch.float32) if radius else found
-    block = min(triton.next_power_of_2(height * width), 32 * _MOST_WARPS * _PIXELS_PER_THREAD)
+    block = min(triton.next_power_of_2(height * width), 32 * tiles.warps * tiles.pixels)
     _colour[(count,)](
         crops,
         decisions,
@@ -125,11 +137,11 @@ def distort(
         WIDTH=width,
         SOFTENS=radius > 0,
         BLOCK=block,
-        num_warps=max(block // (32 * _PIXELS_PER_THREAD), 1),
+        num_warps=max(block // (32 * tiles.pixels), 1),
         num_stages=1,
     )
     if radius:
-        rows = min(max(_BLUR_TILE // (3 * width), 1), height)
+        rows = min(max(tiles.blur_values // (3 * width), 1), height)
         _soften[(count, triton.cdiv(height, rows))](
             coloured,
             torch.empty_like(coloured),
@@ -139,8 +151,8 @@ def distort(
             WIDTH=width,
             RADIUS=radius,
             ROWS=rows,
-            BLOCK=_BLUR_BLOCK,
-            num_warps=8,
+            BLOCK=tiles.blur_block,
+            num_warps=tiles.blur_warps,
             num_stages=1,
         )
     return found

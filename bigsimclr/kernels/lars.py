@@ -14,17 +14,26 @@ value goes back to the host, and nothing is summed in order of arrival.
 Shapes: P tensors, C chunks of all of them together. The table of addresses is int64 [7, P].
 """
 
+from dataclasses import dataclass
 from typing import Final
 
 import triton
 import triton.language as tl
 
-# Most kernels of the networks have a multiple of 4096 values, and then no chunk is cut short. Eight
-# values a thread leave room for four programs on a processor, whose memory accesses fill each
-# other's gaps; at twice as many it is two. The largest network has 425,000 chunks.
-CHUNK: Final = 2048
-BLOCK: Final = 1024  # chunks that are added up at once
-WARPS: Final = 8
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program works on at a time, and with what."""
+
+    chunk: int  # values; a multiple of VECTOR
+    warps: int
+    block: int  # chunks that `scale` adds up at once
+
+
+TILES: Final = Tiles(chunk=2048, warps=8, block=1024)
+"""Most kernels of the networks have a multiple of 4096 values, and then no chunk is cut short.
+Eight values a thread leave room for four programs on a processor, whose memory accesses fill each
+other's gaps; at twice as many it is two. The largest network has 425,000 chunks."""
 VECTOR: Final = 16  # bytes that a thread moves at once, and values that share a mask
 
 # Rows of the table; the last two are no addresses.

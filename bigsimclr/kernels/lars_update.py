@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from bigsimclr.kernels.lars import BLOCK, CHUNK, ROWS, VECTOR, WARPS, move, scale, square
+from bigsimclr.kernels.lars import ROWS, TILES, VECTOR, Tiles, move, scale, square
 from bigsimclr.kernels.table import DeviceTable
 
 _KINDS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -37,6 +37,7 @@ class LarsUpdate:
         classic: momentum of the adapted updates; False adapts the momentum.
         squared_norms: sums over the ranks, where tensors are parts of whole ones. It is given this
             rank's norms [], which stand for its parts; `scale` then takes two launches.
+        tiles: of the kernels.
 
     Raises:
         ValueError: weights of another type or layout.
@@ -53,10 +54,11 @@ class LarsUpdate:
         nesterov: bool = False,
         classic: bool = True,
         squared_norms: Callable[[list[Tensor]], list[Tensor]] | None = None,
+        tiles: Tiles = TILES,
     ) -> None:
         device = weights[0].device
         sizes = [weight.numel() for weight in weights]
-        counts = [-(-size // CHUNK) for size in sizes]
+        counts = [-(-size // tiles.chunk) for size in sizes]
         owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(counts))
         firsts = torch.tensor([0, *accumulate(counts)])
         self._owners = owners.to(device, torch.int32)  # [C] the tensor of each chunk
@@ -71,6 +73,7 @@ class LarsUpdate:
         self._layouts = [_layout(weight) for weight in weights]
         self._lengths = sizes
         self._momentum = momentum
+        self._tiles = tiles
         self._trust_coefficient = trust_coefficient
         self._form = {"CLASSIC": classic, "NESTEROV": nesterov}
         self._squared_norms = squared_norms if any(adapts) else None
@@ -135,7 +138,7 @@ class LarsUpdate:
         if chunks:
             square[(chunks,)](
                 table, *constants, self._adapts, self._sums, *shape,
-                **self._form, CHUNK=CHUNK, num_warps=WARPS,
+                **self._form, CHUNK=self._tiles.chunk, num_warps=self._tiles.warps,
             )  # fmt: skip
         if self._squared_norms is None:
             self._scale(table, sums=True, factors=True)
@@ -147,7 +150,7 @@ class LarsUpdate:
         if chunks:
             move[(chunks,)](
                 table, *constants, self._factors, *shape,
-                **self._form, CHUNK=CHUNK, num_warps=WARPS,
+                **self._form, CHUNK=self._tiles.chunk, num_warps=self._tiles.warps,
             )  # fmt: skip
 
     def _scale(self, table: Tensor, *, sums: bool, factors: bool) -> None:
@@ -155,7 +158,7 @@ class LarsUpdate:
         scale[(tensors,)](
             table, self._firsts, self._adapts, self._sums, self._norms, self._factors,
             tensors, chunks, self._trust_coefficient,
-            SUMS=sums, FACTORS=factors, BLOCK=BLOCK,
+            SUMS=sums, FACTORS=factors, BLOCK=self._tiles.block,
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ Shapes: R = N x H x W rows, C channels, P programs along the rows.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import triton
@@ -20,12 +21,17 @@ from typing_extensions import override
 
 from bigsimclr.kernels.norm_statistics import (
     DTYPES,
-    WARPS,
     Matrix,
+    Tiles,
     load_channel,
     load_values,
     locate,
 )
+
+APPLY: Final = Tiles(values=2048, columns=64, warps=4)
+DIFFERENTIATE: Final = APPLY
+REDUCE: Final = Tiles(values=2048, columns=64, warps=4, stages=3, programs=528)
+"""As statistics are taken; of two or three tensors at least 64 KB are on their way."""
 
 
 @triton.jit
@@ -93,6 +99,7 @@ def reduce(
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write each program's sums of the gradient, and of it times normalised inputs: [P, 2, C]."""
     strips = tl.cdiv(channels, COLUMNS)
@@ -105,8 +112,7 @@ def reduce(
     offset = None if bias is None else load_channel(bias, column, channels)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     slope = tl.zeros([ROWS, COLUMNS], tl.float32)
-    # Two tiles of each tensor are on their way while one is summed: at least 64 KB, in 16 bits.
-    for tile in tl.range(own, tl.cdiv(rows, ROWS), programs, num_stages=3):
+    for tile in tl.range(own, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
         begin, is_inside = locate(tile, rows, column, channels, ROWS)
         upstream = load_values(gradient + begin, place, is_inside)
         centred = load_values(inputs + begin, place, is_inside) - centre
@@ -199,7 +205,7 @@ def norm_act(
     Raises:
         ValueError: the kernels do not take the inputs, or something does not fit them.
     """
-    size = Matrix.of(inputs)
+    size = Matrix.of(inputs, APPLY)
     for name, values in (("mean", mean), ("variance", variance), ("weight", weight)):
         _check_channels(name, values, size.channels)
     if bias is not None:
@@ -217,6 +223,34 @@ def norm_act(
     return outputs
 
 
+def normalise(
+    inputs: Tensor,  # [N, C] or [N, C, H, W] in channels_last
+    channels: tuple[Tensor, Tensor, Tensor, Tensor | None],  # [C] mean, variance, weight, bias
+    residual: Tensor | None,  # as inputs, in memory too
+    *,
+    epsilon: float,
+    relu: bool,
+    tiles: Tiles = APPLY,
+) -> Tensor:  # as inputs
+    """Take the forward pass; no gradient flows."""
+    size = Matrix.of(inputs, tiles)
+    outputs = torch.empty_like(inputs)
+    apply[(size.tiles * size.strips,)](
+        inputs,
+        *channels,
+        residual,
+        outputs,
+        size.rows,
+        size.channels,
+        epsilon,
+        RELU=relu,
+        ROWS=size.tile_rows,
+        COLUMNS=size.tile_columns,
+        num_warps=tiles.warps,
+    )
+    return outputs
+
+
 def sum_gradients(
     gradient: Tensor,  # as inputs
     inputs: Tensor,  # [N, C] or [N, C, H, W] in channels_last
@@ -225,9 +259,10 @@ def sum_gradients(
     *,
     epsilon: float,
     relu: bool,
+    tiles: Tiles = REDUCE,
 ) -> Tensor:  # [2, C] float32: the gradients of bias and weight
     """Take the first pass of the backward pass: sums over this rank's rows."""
-    size = Matrix.of(inputs)
+    size = Matrix.of(inputs, tiles)
     sums = inputs.new_empty(size.programs, 2, size.channels, dtype=torch.float32)
     reduce[(size.programs * size.strips,)](
         gradient,
@@ -242,7 +277,8 @@ def sum_gradients(
         RELU=relu,
         ROWS=size.tile_rows,
         COLUMNS=size.tile_columns,
-        num_warps=WARPS,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
     )
     return sums.sum(0)
 
@@ -258,9 +294,10 @@ def differentiate_inputs(
     epsilon: float,
     relu: bool,
     ranks: int,
+    tiles: Tiles = DIFFERENTIATE,
 ) -> tuple[Tensor, Tensor | None]:  # as inputs: gradients of inputs and residual
     """Take the second pass of the backward pass."""
-    size = Matrix.of(inputs)
+    size = Matrix.of(inputs, tiles)
     input_gradient = torch.empty_like(inputs)
     residual_gradient = (
         None if residual_dtype is None else torch.empty_like(inputs, dtype=residual_dtype)
@@ -280,7 +317,7 @@ def differentiate_inputs(
         RELU=relu,
         ROWS=size.tile_rows,
         COLUMNS=size.tile_columns,
-        num_warps=WARPS,
+        num_warps=tiles.warps,
     )
     return input_gradient, residual_gradient
 
@@ -310,23 +347,12 @@ class _NormAct(Function):
         residual: Tensor | None,
         way: _Way,
     ) -> Tensor:
-        size = Matrix.of(inputs)
-        outputs = torch.empty_like(inputs)
-        apply[(size.tiles * size.strips,)](
+        outputs = normalise(
             inputs,
-            mean,
-            variance,
-            weight,
-            bias,
+            (mean, variance, weight, bias),
             None if residual is None else _as_matrix(residual),
-            outputs,
-            size.rows,
-            size.channels,
-            way.epsilon,
-            RELU=way.relu,
-            ROWS=size.tile_rows,
-            COLUMNS=size.tile_columns,
-            num_warps=WARPS,
+            epsilon=way.epsilon,
+            relu=way.relu,
         )
         kept = outputs if way.relu and residual is not None else None
         ctx.save_for_backward(inputs, mean, variance, weight, bias, kept)  # type: ignore[arg-type]

@@ -17,20 +17,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WARPS: Final = 4
-"""Of a program for one tile."""
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-_TILE: Final = 2048
-"""Values of a tile: 16 of each of 128 threads, which are two loads of 16 bytes in 16 bits."""
-_COLUMNS: Final = 64
-"""Channels of a tile: a whole cache line of 128 bytes in 16 bits."""
-_PROGRAMS: Final = 528
-"""Programs that sum: four on each of an H100's 132 processors, so that all of them run at once
-where none takes more than 128 registers. The same on every GPU, and so are the sums."""
 _PARTS: Final = 512
 """Parts of a channel's sum, at most; one program holds all of them to join them."""
 _JOINED: Final = 4096
 """Values of the tile that joins them."""
+_JOINING_WARPS: Final = 8
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program works on at a time, and with what."""
+
+    values: int  # of a tile
+    columns: int  # channels of a tile, where there are as many
+    warps: int
+    stages: int = 1  # tiles under way in a loop over them, the one at work included
+    programs: int = 1  # that share the rows of all strips where they are summed
+
+
+MEASURE: Final = Tiles(values=2048, columns=64, warps=4, stages=4, programs=528)
+"""16 values of each of 128 threads, which are two loads of 16 bytes in 16 bits; rows of a whole
+cache line of 128 bytes. Three tiles are on their way while one is summed: 48 KB for each processor.
+Four programs on each of an H100's 132 processors run at once, where none takes more than 128
+registers. The same on every GPU, and so are the sums."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +49,12 @@ class Matrix:
 
     rows: int  # R
     channels: int  # C
+    cut: Tiles
 
     @staticmethod
     def of(
         inputs: Tensor,  # [N, C] or [N, C, H, W] in channels_last
+        cut: Tiles,
     ) -> "Matrix":
         """Look at a tensor.
 
@@ -55,17 +67,17 @@ class Matrix:
                 "kernels take [N, C], and [N, C, H, W] in channels_last, of 32 or 16 bits"
             )
         channels = inputs.shape[1]
-        return Matrix(inputs.numel() // channels, channels)
+        return Matrix(inputs.numel() // channels, channels, cut)
 
     @property
     def tile_columns(self) -> int:
         """Return the channels of a tile."""
-        return min(_COLUMNS, 1 << (self.channels - 1).bit_length())
+        return min(self.cut.columns, 1 << (self.channels - 1).bit_length())
 
     @property
     def tile_rows(self) -> int:
         """Return the rows of a tile."""
-        return _TILE // self.tile_columns
+        return self.cut.values // self.tile_columns
 
     @property
     def strips(self) -> int:
@@ -80,7 +92,7 @@ class Matrix:
     @property
     def programs(self) -> int:
         """Return how many programs share the tiles of one strip where they sum, P."""
-        return max(1, min(self.tiles, _PROGRAMS // self.strips, _PARTS))
+        return max(1, min(self.tiles, self.cut.programs // self.strips, _PARTS))
 
 
 def suits(
@@ -116,7 +128,15 @@ def locate(tile, rows, column, channels, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "programs"])
 def measure(
-    inputs, means, squares, rows, channels, programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    inputs,
+    means,
+    squares,
+    rows,
+    channels,
+    programs,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Write each program's mean [P, C], and sum of squares around it [P, C]."""
     strips = tl.cdiv(channels, COLUMNS)
@@ -134,8 +154,7 @@ def measure(
     distances = tl.where(is_inside, values - shift, 0.0)
     total = distances
     square = distances * distances
-    # Three tiles are on their way while one is summed: 48 KB for each processor, in 16 bits.
-    for tile in tl.range(own + programs, tiles, programs, num_stages=4):
+    for tile in tl.range(own + programs, tiles, programs, num_stages=STAGES):
         begin, is_inside = locate(tile, rows, column, channels, ROWS)
         distances = tl.where(is_inside, load_values(inputs + begin, place, is_inside) - shift, 0.0)
         total += distances
@@ -184,6 +203,7 @@ def merge(
 
 def batch_statistics(
     inputs: Tensor,  # [N, C] or [N, C, H, W] in channels_last
+    tiles: Tiles = MEASURE,
 ) -> tuple[Tensor, Tensor]:  # [C], [C]: mean and biased variance, float32
     """Take the statistics of each channel over one rank's rows; no gradient flows.
 
@@ -192,7 +212,7 @@ def batch_statistics(
 
     Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance".
     """
-    size = Matrix.of(inputs)
+    size = Matrix.of(inputs, tiles)
     programs = size.programs
     means, squares = inputs.new_empty(2, programs, size.channels, dtype=torch.float32)
     measure[(programs * size.strips,)](
@@ -204,7 +224,8 @@ def batch_statistics(
         programs,
         ROWS=size.tile_rows,
         COLUMNS=size.tile_columns,
-        num_warps=WARPS,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
     )
     mean, variance = inputs.new_empty(2, size.channels, dtype=torch.float32)
     parts = 1 << (programs - 1).bit_length()
@@ -219,6 +240,6 @@ def batch_statistics(
         ROWS=size.tile_rows,
         PARTS=parts,
         COLUMNS=_JOINED // parts,
-        num_warps=2 * WARPS,
+        num_warps=_JOINING_WARPS,
     )
     return mean, variance

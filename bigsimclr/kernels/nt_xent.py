@@ -47,6 +47,20 @@ class Tiles:
     stages: int
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How both passes are cut."""
+
+    sums: Tiles
+    slope: Tiles
+    stripe: int = 8  # tiles of columns that a program of the sums takes, at most
+
+
+def cut_of(width: int, rows: int, *, split: bool) -> Cut:
+    """Choose for rows [rows, width] of all views on this rank."""
+    return Cut(sum_tiles(width, split=split), slope_tiles(width, rows, split=split))
+
+
 def sum_tiles(width: int, *, split: bool) -> Tiles:
     """Choose square tiles for the sums, which are wanted symmetric; none spills registers."""
     if width <= 128:
@@ -63,6 +77,11 @@ def slope_tiles(width: int, rows: int, *, split: bool) -> Tiles:
     return Tiles(16, 32, 8, 1)
 
 
+def padded_width(values: int) -> int:
+    """Return W, the width that projections are padded to."""
+    return max(16, 1 << (values - 1).bit_length())
+
+
 def fused_nt_xent(
     first: Tensor,  # [B, D] projections of the first views, rows contiguous
     second: Tensor,  # [B, D] projections of the second views
@@ -71,6 +90,7 @@ def fused_nt_xent(
     temperature: float,
     grade: Grade,
     world: World,
+    cut: Cut | None = None,
 ) -> Tensor:
     """Return the loss [] of `losses.nt_xent`, float32; differentiable once.
 
@@ -82,6 +102,7 @@ def fused_nt_xent(
         grade: bf16 multiplies in bfloat16, for gradients to 2e-3; fp32 splits every number into
             two of bfloat16, for gradients to 5e-6. Positives are float32 in both.
         world: the ranks, each with as many pairs, the same queue and the same upstream gradient.
+        cut: of both passes; None: what `cut_of` chooses.
 
     Raises:
         ValueError: a projection has more than 512 values.
@@ -90,7 +111,10 @@ def fused_nt_xent(
         raise ValueError(
             f"fused NT-Xent takes up to {WIDEST_PROJECTION} values, not {first.shape[1]}"
         )
-    loss: Tensor = _Fused.apply(first, second, queue, temperature, grade, world)
+    if cut is None:
+        split = grade == "fp32" and not is_interpreted()
+        cut = cut_of(padded_width(first.shape[1]), 2 * len(first), split=split)
+    loss: Tensor = _Fused.apply(first, second, queue, _Way(temperature, grade, world, cut))
     return loss
 
 
@@ -106,6 +130,16 @@ class _Operand:
         return self.rests is not self.units
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How to compute the loss."""
+
+    temperature: float
+    grade: Grade
+    world: World
+    cut: Cut
+
+
 class _Fused(Function):
     """The launches."""
 
@@ -116,22 +150,20 @@ class _Fused(Function):
         first: Tensor,
         second: Tensor,
         queue: Tensor | None,
-        temperature: float,
-        grade: Grade,
-        world: World,
+        way: _Way,
     ) -> Tensor:
         first, second = _rows(first), _rows(second)
-        pairs = len(first)
-        scale = math.log2(math.e) / temperature
-        online = temperature < LOWEST_FIXED
-        own, positives = _normalised(first, second, split=grade == "fp32")
+        pairs, world = len(first), way.world
+        scale = math.log2(math.e) / way.temperature
+        online = way.temperature < LOWEST_FIXED
+        own, positives = _normalised(first, second, split=way.grade == "fp32")
         every = _Operand(world.gather_views(own.units), own.rests)
         if own.split:
             every = _Operand(every.units, world.gather_views(own.rests))
         elif world.size > 1:
             every = _Operand(every.units, every.units)
         past = None if queue is None or not len(queue) else _padded(queue, like=own)
-        sums, tops = _sums(own, every, past, scale=scale, online=online, world=world)
+        sums, tops = _sums(own, every, past, scale=scale, online=online, way=way)
         losses, weights, shares = (torch.empty_like(sums) for _ in range(3))
         side = 256
         finish[(triton.cdiv(2 * pairs, side),)](
@@ -145,7 +177,7 @@ class _Fused(Function):
             queued, queued if past is None else past.rests,
             weights, shares, tops, all_shares, all_tops,
         )  # fmt: skip
-        ctx.settings = temperature, scale, online, own.split, world.rank * pairs  # type: ignore[attr-defined]
+        ctx.settings = way, scale, online, own.split  # type: ignore[attr-defined]
         return losses.sum() / pairs
 
     @staticmethod
@@ -155,21 +187,21 @@ class _Fused(Function):
             raise RuntimeError("fused NT-Xent is differentiable once")
         first, second, units, rests, columns, column_rests, *others = ctx.saved_tensors  # type: ignore[attr-defined]
         queue, queue_rests, weights, shares, tops, all_shares, all_tops = others
-        temperature, scale, online, split, position = ctx.settings  # type: ignore[attr-defined]
+        way, scale, online, split = ctx.settings  # type: ignore[attr-defined]
         (pairs, values), width = first.shape, units.shape[1]
         slopes = [view.new_empty(view.shape) for view in (first, second)]
-        tiles = slope_tiles(width, 2 * pairs, split=split)
+        tiles = way.cut.slope
         slope[(2 * triton.cdiv(pairs, tiles.rows),)](
             units, rests, columns, column_rests, queue, queue_rests,
             weights, shares, tops, all_shares, all_tops,
             first, second, *slopes, gradient,
-            pairs, len(columns) // 2, len(queue), position,
-            scale, 1.0 / (temperature * pairs), first.stride(0), second.stride(0),
+            pairs, len(columns) // 2, len(queue), way.world.rank * pairs,
+            scale, 1.0 / (way.temperature * pairs), first.stride(0), second.stride(0),
             D=values, WIDTH=width, ROWS=tiles.rows, COLUMNS=tiles.columns,
             SPLIT=split, HAS_QUEUE=len(queue) > 0, ONLINE=online,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        return *slopes, None, None, None, None
+        return *slopes, None, None
 
 
 def _rows(views: Tensor) -> Tensor:
@@ -180,7 +212,7 @@ def _rows(views: Tensor) -> Tensor:
 def _normalised(first: Tensor, second: Tensor, *, split: bool) -> tuple[_Operand, Tensor]:
     """Return unit rows [2B, W] and the cosines [B] of the positives."""
     pairs, values = first.shape
-    width = max(16, triton.next_power_of_2(values))
+    width = padded_width(values)
     kind = torch.float32 if is_interpreted() else torch.bfloat16
     units = first.new_empty(2 * pairs, width, dtype=kind)
     split = split and kind == torch.bfloat16
@@ -208,13 +240,14 @@ def _sums(
     *,
     scale: float,
     online: bool,
-    world: World,
+    way: _Way,
 ) -> tuple[Tensor, Tensor]:
     """Return the sums [2B] of every anchor's negatives, and the cosines [2B] subtracted before."""
     sums = own.units.new_zeros(len(own.units), dtype=torch.float32)
     tops = sums.new_full(sums.shape if online else (0,), -math.inf)
-    launch = _Sums(own, sums, tops, scale=scale, position=world.rank * (len(own.units) // 2))
-    launch.add(every, views=2, symmetric=world.size == 1 and not online)
+    position = way.world.rank * (len(own.units) // 2)
+    launch = _Sums(own, sums, tops, scale=scale, position=position, cut=way.cut)
+    launch.add(every, views=2, symmetric=way.world.size == 1 and not online)
     if past is not None:
         launch.add(past, views=1, symmetric=False)
     return sums, tops
@@ -229,16 +262,17 @@ class _Sums:
     tops: Tensor  # [2B], empty with a fixed offset
     scale: float
     position: int
+    cut: Cut
 
     def add(self, columns: _Operand, *, views: int, symmetric: bool) -> None:
         """Add all of some columns, a band of rows after the other where each serves both sides."""
         count, width = self.own.units.shape
         pairs, column_pairs = count // 2, len(columns.units) // views
-        tiles = sum_tiles(width, split=self.own.split)
+        tiles = self.cut.sums
         row_tiles = 2 * triton.cdiv(pairs, tiles.rows)
         column_tiles = views * triton.cdiv(column_pairs, tiles.columns)
         # A stripe loads its rows once; but there must be work for the whole device.
-        stripe = max(1, min(8, row_tiles * column_tiles // PROGRAMS))
+        stripe = max(1, min(self.cut.stripe, row_tiles * column_tiles // PROGRAMS))
         stripes = triton.cdiv(column_tiles, stripe)
         online = len(self.tops) > 0
         pieces = self.sums.new_empty(stripes, count)

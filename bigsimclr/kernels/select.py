@@ -20,26 +20,40 @@ Everything is summed in float32, in an order that depends on the shape alone.
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from bigsimclr.kernels import select_passes as passes
 from bigsimclr.world import World
 
-TILE_POSITIONS = 32
-TILE_FEATURES = 64  # 128 bytes of a row in 16 bits: a whole line of the cache
-_TILE_P = tl.constexpr(TILE_POSITIONS)
-_TILE_F = tl.constexpr(TILE_FEATURES)
-# Two tiles of 4 to 8 KB are under way for each program beside the one at work. An H100 holds 4 or
-# 5 programs per processor: 32 KB and more, where 3.3 TB/s and 0.7 us of latency want 18.
-_STAGES = tl.constexpr(3)
-# 132 processors hold 528 to 660 at once; a few rounds even out their ends.
-_PROGRAMS = 2048
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program works on at a time, and with what."""
+
+    positions: int
+    features: int
+    warps: int
+    stages: int  # tiles under way, the one at work included
+    programs: int  # from which on images are not cut into parts
+
+
+POOL: Final = Tiles(positions=32, features=64, warps=4, stages=3, programs=2048)
+"""Features of 128 bytes in 16 bits, a whole line of the cache. Two tiles of 4 to 8 KB are under way
+for each program beside the one at work. An H100 holds 4 or 5 programs per processor: 32 KB and
+more, where 3.3 TB/s and 0.7 us of latency want 18. Its 132 processors hold 528 to 660 programs at
+once; a few rounds even out their ends."""
+MIX: Final = POOL
+MIX_BACKWARD: Final = POOL
+POOL_BACKWARD: Final = POOL
+
+Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Inputs [N, C, H, W], and mean, variance, weight and bias [C] of their norm."""
 
 
 @dataclass(frozen=True)
@@ -115,20 +129,92 @@ def mix(
     return mixed
 
 
+def sum_streams(
+    kept: Kept,
+    *,
+    epsilon: float,
+    tiles: Tiles = POOL,
+) -> Tensor:  # [3, N, C] float32
+    """Sum a stream over the positions, and where it is open 1 and yhat; no gradient flows."""
+    cut = _Cut.of(kept[0], tiles)
+    partial = kept[0].new_empty((cut.parts, 3, cut.N, 2 * cut.F), dtype=torch.float32)
+    passes.pool[(2 * cut.programs,)](
+        *kept, partial, *cut.sizes, epsilon, *cut.sides, num_warps=tiles.warps
+    )
+    return _summed(partial)
+
+
+def mix_streams(
+    kept: Kept,
+    chosen: Tensor,  # [N, C]
+    *,
+    epsilon: float,
+    tiles: Tiles = MIX,
+) -> Tensor:  # [N, F, H, W] as inputs
+    """Write the weighted sum of both streams; no gradient flows."""
+    inputs = kept[0]
+    cut = _Cut.of(inputs, tiles)
+    mixed = torch.empty(
+        (cut.N, cut.F, *inputs.shape[2:]),
+        dtype=inputs.dtype,
+        device=inputs.device,
+        memory_format=torch.channels_last,
+    )
+    passes.mix[(cut.programs,)](
+        *kept, chosen, mixed, *cut.sizes, epsilon, *cut.sides, num_warps=tiles.warps
+    )
+    return mixed
+
+
+def sum_gradients(
+    kept: Kept,
+    gradient: Tensor,  # [N, F, H, W] channels_last, of the mixed streams
+    *,
+    epsilon: float,
+    tiles: Tiles = MIX_BACKWARD,
+) -> Tensor:  # [2, N, C] float32
+    """Sum g and g yhat over the positions where a stream is open."""
+    cut = _Cut.of(kept[0], tiles)
+    partial = kept[0].new_empty((cut.parts, 2, cut.N, 2 * cut.F), dtype=torch.float32)
+    passes.mix_backward[(2 * cut.programs,)](
+        *kept, gradient, partial, *cut.sizes, epsilon, *cut.sides, num_warps=tiles.warps
+    )
+    return _summed(partial)
+
+
+def differentiate_inputs(
+    kept: Kept,
+    gradient: Tensor,  # [N, F, H, W] channels_last, of the mixed streams
+    chosen: Tensor,  # [N, C]
+    everywhere: Tensor,  # [N, C] d / positions
+    totals: Tensor,  # [2, C] over all ranks, of dz and of dz yhat
+    *,
+    epsilon: float,
+    ranks: int,
+    tiles: Tiles = POOL_BACKWARD,
+) -> Tensor:  # as inputs
+    """Write the gradient of the inputs."""
+    cut = _Cut.of(kept[0], tiles)
+    toward = torch.empty_like(kept[0])
+    share = 1 / (cut.N * cut.P * ranks)
+    given = gradient, chosen, everywhere, totals, share
+    passes.pool_backward[(2 * cut.programs,)](
+        *kept, *given, toward, *cut.sizes, epsilon, *cut.sides, num_warps=tiles.warps
+    )
+    return toward
+
+
 class _Pool(Function):
     @staticmethod
     @override
     def forward(
         ctx, inputs: Tensor, weight: Tensor, bias: Tensor, norm: Norm, handover: Handover
     ) -> Tensor:
-        cut = _Cut.of(inputs)
-        partial = inputs.new_empty((cut.parts, 3, cut.N, 2 * cut.F), dtype=torch.float32)
         kept = inputs, norm.mean, norm.variance, weight, bias
-        _pool[(2 * cut.programs,)](*kept, partial, *cut.sizes, norm.epsilon)
-        sums = _summed(partial)
+        sums = sum_streams(kept, epsilon=norm.epsilon)
         ctx.save_for_backward(*kept, sums[1:])
         ctx.epsilon, ctx.world, ctx.handover = norm.epsilon, norm.world, handover
-        return sums[0] / cut.P
+        return sums[0] / _positions(inputs)
 
     @staticmethod
     @override
@@ -137,17 +223,13 @@ class _Pool(Function):
         *kept, opened = ctx.saved_tensors
         inputs, _, _, weight, bias = kept
         gradient, sums, chosen = ctx.handover.take()
-        cut = _Cut.of(inputs)
-        everywhere = pooled_gradient.contiguous() / cut.P
+        everywhere = pooled_gradient.contiguous() / _positions(inputs)
         # [2, C]: of dz, and of dz yhat.
         own = torch.addcmul(sums * chosen, opened, everywhere).sum(1)
         toward = None
         if ctx.needs_input_grad[0]:
-            toward = torch.empty_like(inputs)
-            total = ctx.world.total(own)
-            share = 1 / (cut.N * cut.P * ctx.world.size)
-            given = gradient, chosen, everywhere, total, share
-            _pool_backward[(2 * cut.programs,)](*kept, *given, toward, *cut.sizes, ctx.epsilon)
+            given = gradient, chosen, everywhere, ctx.world.total(own)
+            toward = differentiate_inputs(kept, *given, epsilon=ctx.epsilon, ranks=ctx.world.size)
         own_bias, own_weight = own
         return toward, own_weight.to(weight.dtype), own_bias.to(bias.dtype), None, None
 
@@ -156,15 +238,8 @@ class _Mix(Function):
     @staticmethod
     @override
     def forward(ctx, inputs: Tensor, chosen: Tensor, norm: Norm, handover: Handover) -> Tensor:
-        cut = _Cut.of(inputs)
-        mixed = torch.empty(
-            (cut.N, cut.F, *inputs.shape[2:]),
-            dtype=inputs.dtype,
-            device=inputs.device,
-            memory_format=torch.channels_last,
-        )
         kept = inputs, norm.mean, norm.variance, norm.weight, norm.bias
-        _mix[(cut.programs,)](*kept, chosen, mixed, *cut.sizes, norm.epsilon)
+        mixed = mix_streams(kept, chosen, epsilon=norm.epsilon)
         ctx.save_for_backward(*kept, chosen)
         ctx.epsilon, ctx.handover = norm.epsilon, handover
         return mixed
@@ -174,12 +249,9 @@ class _Mix(Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *kept, chosen = ctx.saved_tensors
-        inputs, _, _, weight, bias = kept
+        *_, weight, bias = kept
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        cut = _Cut.of(inputs)
-        partial = inputs.new_empty((cut.parts, 2, cut.N, 2 * cut.F), dtype=torch.float32)
-        _mix_backward[(2 * cut.programs,)](*kept, gradient, partial, *cut.sizes, ctx.epsilon)
-        sums = _summed(partial)
+        sums = sum_gradients(kept, gradient, epsilon=ctx.epsilon)
         ctx.handover.put(gradient, sums, chosen)
         # Where it is open, a stream is bias + weight yhat.
         toward = torch.addcmul(sums[0] * bias, sums[1], weight)
@@ -195,205 +267,37 @@ class _Cut:
     F: int
     parts: int  # of an image
     tiles: int  # of a part
+    way: Tiles
 
     @classmethod
-    def of(cls, inputs: Tensor) -> "_Cut":
+    def of(cls, inputs: Tensor, way: Tiles) -> "_Cut":
         images, channels, height, width = inputs.shape
         positions, features = height * width, channels // 2
-        tiles = math.ceil(positions / TILE_POSITIONS)
-        whole_images = 2 * images * math.ceil(features / TILE_FEATURES)
-        tiles_per_part = math.ceil(tiles / max(1, _PROGRAMS // whole_images))
+        tiles = math.ceil(positions / way.positions)
+        whole_images = 2 * images * math.ceil(features / way.features)
+        tiles_per_part = math.ceil(tiles / max(1, way.programs // whole_images))
         parts = math.ceil(tiles / tiles_per_part)
-        return cls(images, positions, features, parts, tiles_per_part)
+        return cls(images, positions, features, parts, tiles_per_part, way)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         return self.N, self.P, self.F, self.parts, self.tiles
 
     @property
+    def sides(self) -> tuple[int, int, int]:
+        return self.way.positions, self.way.features, self.way.stages
+
+    @property
     def programs(self) -> int:
         """Count them for one stream."""
-        return self.N * self.parts * math.ceil(self.F / TILE_FEATURES)
+        return self.N * self.parts * math.ceil(self.F / self.way.features)
+
+
+def _positions(inputs: Tensor) -> int:
+    return inputs.shape[2] * inputs.shape[3]
 
 
 def _summed(
     partial: Tensor,  # [parts, K, N, C]
 ) -> Tensor:  # [K, N, C]
     return partial[0] if len(partial) == 1 else partial.sum(0)
-
-
-# --- on the device -------------------------------------------------------------------------------
-#
-# A ReLU is shut where z <= 0, which NaN is not, as in PyTorch. All four kernels compute z by the
-# same operations, so that they agree on it.
-
-
-@triton.jit
-def _one_stream(F, parts):
-    """Return image, part, features and channels of a program that works on one stream.
-
-    The two streams of some features follow each other: the gradient they share is then read from
-    the cache the second time.
-    """
-    program = tl.program_id(0)
-    columns = 2 * tl.cdiv(F, _TILE_F)
-    column = program % columns
-    row = program // columns
-    feature = column // 2 * _TILE_F + tl.arange(0, _TILE_F)
-    return row // parts, row % parts, feature, column % 2 * F + feature
-
-
-@triton.jit
-def _load_norm(mean, variance, weight, bias, channel, inside, epsilon):
-    """Return rows [1, TILE_F] of mean, 1 / deviation, slope and shift."""
-    centre = tl.load(mean + channel, inside, 0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.load(variance + channel, inside, 0.0).to(tl.float32) + epsilon)
-    slope = tl.load(weight + channel, inside, 0.0).to(tl.float32) * inverse
-    shift = tl.load(bias + channel, inside, 0.0).to(tl.float32)
-    return centre[None, :], inverse[None, :], slope[None, :], shift[None, :]
-
-
-@triton.jit
-def _load_row(matrix, row, C, channel, inside):
-    """Return [1, TILE_F] of a matrix [rows, C]."""
-    return tl.load(matrix + row * C + channel, inside, 0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _image(tensor, image, P, C):
-    """Return where an image of [N, P, C] begins, which large batches have beyond 2^31."""
-    return tensor + image.to(tl.int64) * P * C
-
-
-@triton.jit
-def _positions(part, tiles, tile):
-    """Return [TILE_P, 1] positions of a tile in a part of an image."""
-    return ((part * tiles + tile) * _TILE_P + tl.arange(0, _TILE_P))[:, None]
-
-
-@triton.jit
-def _pool(
-    inputs, mean, variance, weight, bias, sums, N, P, F, parts, tiles, epsilon
-):  # sums [parts, 3, N, C]: of the stream, and where it is open of 1 and of yhat
-    image, part, feature, channel = _one_stream(F, parts)
-    inside = feature < F
-    centre, inverse, slope, shift = _load_norm(
-        mean, variance, weight, bias, channel, inside, epsilon
-    )
-    own = _image(inputs, image, P, 2 * F)
-    total = tl.zeros([_TILE_P, _TILE_F], tl.float32)
-    opened = tl.zeros([_TILE_P, _TILE_F], tl.float32)
-    normal = tl.zeros([_TILE_P, _TILE_F], tl.float32)
-    for tile in tl.range(tiles, num_stages=_STAGES):
-        position = _positions(part, tiles, tile)
-        here = (position < P) & inside[None, :]
-        value = tl.load(own + position * (2 * F) + channel[None, :], here, 0.0).to(tl.float32)
-        centred = value - centre
-        z = centred * slope + shift
-        shut = (z <= 0) | (position >= P)
-        total += tl.where(shut, 0.0, z)
-        opened += tl.where(shut, 0.0, 1.0)
-        normal += tl.where(shut, 0.0, centred)
-    matrix = N * 2 * F
-    row = sums + part * 3 * matrix + image * 2 * F + channel
-    tl.store(row, tl.sum(total, 0), inside)
-    tl.store(row + matrix, tl.sum(opened, 0), inside)
-    tl.store(row + 2 * matrix, tl.sum(normal * inverse, 0), inside)
-
-
-@triton.jit
-def _mix(inputs, mean, variance, weight, bias, chosen, mixed, N, P, F, parts, tiles, epsilon):
-    program = tl.program_id(0)
-    columns = tl.cdiv(F, _TILE_F)
-    row = program // columns
-    # The last images first: `_pool` read them last, and the cache may hold them still.
-    image, part = N - 1 - row // parts, row % parts
-    first = program % columns * _TILE_F + tl.arange(0, _TILE_F)
-    inside = first < F
-    centre_1, _, slope_1, shift_1 = _load_norm(mean, variance, weight, bias, first, inside, epsilon)
-    centre_2, _, slope_2, shift_2 = _load_norm(
-        mean, variance, weight, bias, F + first, inside, epsilon
-    )
-    weight_1 = _load_row(chosen, image, 2 * F, first, inside)
-    weight_2 = _load_row(chosen, image, 2 * F, F + first, inside)
-    own = _image(inputs, image, P, 2 * F)
-    result = _image(mixed, image, P, F)
-    for tile in tl.range(tiles, num_stages=_STAGES):
-        position = _positions(part, tiles, tile)
-        here = (position < P) & inside[None, :]
-        place = position * (2 * F) + first[None, :]
-        z_1 = (tl.load(own + place, here, 0.0).to(tl.float32) - centre_1) * slope_1 + shift_1
-        z_2 = (tl.load(own + place + F, here, 0.0).to(tl.float32) - centre_2) * slope_2 + shift_2
-        both = tl.where(z_1 <= 0, 0.0, z_1) * weight_1 + tl.where(z_2 <= 0, 0.0, z_2) * weight_2
-        tl.store(result + position * F + first[None, :], both, here)
-
-
-@triton.jit
-def _mix_backward(
-    inputs, mean, variance, weight, bias, gradient, sums, N, P, F, parts, tiles, epsilon
-):  # sums [parts, 2, N, C]: where the stream is open, of g and of g yhat
-    image, part, feature, channel = _one_stream(F, parts)
-    inside = feature < F
-    centre, inverse, slope, shift = _load_norm(
-        mean, variance, weight, bias, channel, inside, epsilon
-    )
-    own = _image(inputs, image, P, 2 * F)
-    of_mixed = _image(gradient, image, P, F)
-    total = tl.zeros([_TILE_P, _TILE_F], tl.float32)
-    normal = tl.zeros([_TILE_P, _TILE_F], tl.float32)
-    for tile in tl.range(tiles, num_stages=_STAGES):
-        position = _positions(part, tiles, tile)
-        here = (position < P) & inside[None, :]
-        value = tl.load(own + position * (2 * F) + channel[None, :], here, 0.0).to(tl.float32)
-        g = tl.load(of_mixed + position * F + feature[None, :], here, 0.0).to(tl.float32)
-        centred = value - centre
-        g = tl.where(centred * slope + shift <= 0, 0.0, g)
-        total += g
-        normal += g * centred
-    matrix = N * 2 * F
-    row = sums + part * 2 * matrix + image * 2 * F + channel
-    tl.store(row, tl.sum(total, 0), inside)
-    tl.store(row + matrix, tl.sum(normal * inverse, 0), inside)
-
-
-@triton.jit
-def _pool_backward(
-    inputs,
-    mean,
-    variance,
-    weight,
-    bias,
-    gradient,
-    chosen,
-    everywhere,  # [N, C] d of every position
-    sums,  # [2, C] over all ranks, of dz and of dz yhat
-    share,  # of one value in a mean over all ranks
-    toward,
-    N,
-    P,
-    F,
-    parts,
-    tiles,
-    epsilon,
-):
-    image, part, feature, channel = _one_stream(F, parts)
-    image = N - 1 - image  # as in `_mix`
-    inside = feature < F
-    centre, inverse, slope, shift = _load_norm(
-        mean, variance, weight, bias, channel, inside, epsilon
-    )
-    weighted = _load_row(chosen, image, 2 * F, channel, inside)
-    added = _load_row(everywhere, image, 2 * F, channel, inside)
-    average = _load_row(sums, 0, 2 * F, channel, inside) * share
-    tilt = _load_row(sums, 1, 2 * F, channel, inside) * share * inverse
-    own = _image(inputs, image, P, 2 * F)
-    of_mixed = _image(gradient, image, P, F)
-    result = _image(toward, image, P, 2 * F)
-    for tile in tl.range(tiles, num_stages=_STAGES):
-        position = _positions(part, tiles, tile)
-        here = (position < P) & inside[None, :]
-        place = position * (2 * F) + channel[None, :]
-        g = tl.load(of_mixed + position * F + feature[None, :], here, 0.0).to(tl.float32)
-        centred = tl.load(own + place, here, 0.0).to(tl.float32) - centre
-        dz = tl.where(centred * slope + shift <= 0, 0.0, g * weighted + added)
-        tl.store(result + place, (dz - average - centred * tilt) * slope, here)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bigsimclr.kernels.lars import CHUNK
+from bigsimclr.kernels.lars import TILES
 from bigsimclr.kernels.lars_update import LarsUpdate
 from bigsimclr.optim import (
     build_optimizer,
@@ -29,7 +29,7 @@ GROUPS = [
     {"weight_decay": 0.0, "adapt": True},
 ]
 # One, less than a chunk, whole chunks, a value more; channels_last; nothing at all.
-SHAPES = [(1,), (5, 7), (CHUNK,), (2 * CHUNK + 1,), (8, 16, 3, 3), (0,), (4, 1, 1, 1)]
+SHAPES = [(1,), (5, 7), (TILES.chunk,), (2 * TILES.chunk + 1,), (8, 16, 3, 3), (0,), (4, 1, 1, 1)]
 
 
 def tensors(seed: int) -> list[Tensor]:
@@ -229,7 +229,7 @@ def test_a_gradient_in_another_layout_is_the_same_gradient() -> None:
 @pytest.mark.parametrize("start", [0, 1, 4])
 def test_tensors_may_begin_anywhere(start: int) -> None:
     """As parts of a longer one do; only from some addresses is memory moved in vectors."""
-    size = CHUNK + 16
+    size = TILES.chunk + 16
     weight, gradient = (tensors(seed)[3][start : start + size] for seed in (1, 2))
     exact = Parameter(weight.double())
     exact.grad = gradient.double()

@@ -1,5 +1,6 @@
 """Batch norm with residual sum and ReLU against PyTorch in float64, values and gradients."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,9 +9,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from bigsimclr.kernels import norm_statistics
-from bigsimclr.kernels.norm_act import differentiate_inputs, norm_act, sum_gradients
-from bigsimclr.kernels.norm_statistics import batch_statistics
+from bigsimclr.kernels.norm_act import (
+    REDUCE,
+    differentiate_inputs,
+    norm_act,
+    normalise,
+    sum_gradients,
+)
+from bigsimclr.kernels.norm_statistics import Tiles, batch_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPSILON = 1e-5
@@ -89,10 +95,28 @@ def test_values_and_gradients(
 
 
 @pytest.mark.parametrize("rows", [32 * 7, 32 * 8 + 31])
-def test_tiles_are_shared_by_programs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm_statistics, "_PROGRAMS", 6)
+@pytest.mark.parametrize("tiles", [replace(REDUCE, programs=6), Tiles(512, 16, 2, 1, 10)])
+def test_tiles_are_shared_by_programs(rows: int, tiles: Tiles) -> None:
     given = arguments((rows, 70), bias=True, residual=True)
-    check(given, drawn(rows, 70, seed=4), relu=True, tolerance=TOLERANCE)
+    upstream = drawn(rows, 70, seed=4)
+    expected = plain(given, upstream, relu=True)
+    channels = (*batch_statistics(given["inputs"]), given["weight"], given["bias"])
+    way = {"epsilon": EPSILON, "relu": True, "tiles": tiles}
+    outputs = normalise(given["inputs"], channels, given["residual"], **way)
+    totals = sum_gradients(upstream, given["inputs"], outputs, channels, **way)
+    slopes = differentiate_inputs(
+        upstream,
+        given["inputs"],
+        outputs,
+        channels,
+        totals,
+        residual_dtype=torch.float32,
+        ranks=1,
+        **way,
+    )
+    found = dict(zip(expected, (outputs, slopes[0], *totals.flip(0), slopes[1]), strict=True))
+    errors = {name: worst(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) < TOLERANCE, errors
 
 
 @pytest.mark.parametrize("relu", [True, False])

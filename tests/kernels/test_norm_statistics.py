@@ -1,11 +1,12 @@
 """Batch statistics by the kernels against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from bigsimclr.kernels import norm_statistics
-from bigsimclr.kernels.norm_statistics import Matrix, batch_statistics, suits
+from bigsimclr.kernels.norm_statistics import MEASURE, Matrix, Tiles, batch_statistics, suits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rows and channels that fill no tile, fill one, and need several of them.
@@ -24,9 +25,9 @@ def exact(inputs: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def errors(inputs: Tensor) -> tuple[float, float]:
+def errors(inputs: Tensor, tiles: Tiles = MEASURE) -> tuple[float, float]:
     """Errors of the mean, relative to the largest value, and of each variance."""
-    mean, variance = batch_statistics(inputs)
+    mean, variance = batch_statistics(inputs, tiles)
     assert mean.dtype == variance.dtype == torch.float32
     expected_mean, expected_variance = exact(inputs)
     of_mean = (mean - expected_mean).abs().max() / inputs.abs().max()
@@ -43,34 +44,28 @@ def test_of_one_and_of_several_tiles(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("programs", [1, 2, 3, 4])
 @pytest.mark.parametrize("rows", [32 * 7, 32 * 6 + 1, 32 * 8 + 31])
-def test_tiles_are_shared_by_programs(
-    rows: int, programs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(norm_statistics, "_PROGRAMS", 2 * programs)
+def test_tiles_are_shared_by_programs(rows: int, programs: int) -> None:
+    tiles = replace(MEASURE, programs=2 * programs)
     inputs = drawn(rows, 70)
-    assert Matrix.of(inputs).programs == programs < Matrix.of(inputs).tiles
-    of_mean, of_variance = errors(inputs)
+    assert Matrix.of(inputs, tiles).programs == programs < Matrix.of(inputs, tiles).tiles
+    of_mean, of_variance = errors(inputs, tiles)
     assert of_mean < 2e-7
     assert of_variance < 1e-6
 
 
 # Means are float32 too: at 100,000 their last digit is 0.3 % of this deviation.
 @pytest.mark.parametrize(("mean", "tolerance"), [(1e2, 1e-6), (1e3, 2e-6), (1e5, 2e-4)])
-def test_far_from_zero(mean: float, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm_statistics, "_PROGRAMS", 2)
-    of_mean, of_variance = errors(drawn(2500, 6, mean=mean))
+def test_far_from_zero(mean: float, tolerance: float) -> None:
+    of_mean, of_variance = errors(drawn(2500, 6, mean=mean), replace(MEASURE, programs=2))
     assert of_mean < 1e-7
     assert of_variance < tolerance
 
 
 @pytest.mark.parametrize("outlier", [1e3, 1e6])
-def test_of_a_first_value_unlike_all_others(
-    outlier: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(norm_statistics, "_PROGRAMS", 1)
+def test_of_a_first_value_unlike_all_others(outlier: float) -> None:
     inputs = drawn(3000, 6)
     inputs[0] = outlier
-    of_mean, of_variance = errors(inputs)
+    of_mean, of_variance = errors(inputs, replace(MEASURE, programs=1))
     assert of_mean < 1e-7
     assert of_variance < 2e-6
 
@@ -118,7 +113,7 @@ def test_what_the_kernels_do_not_take(inputs: Tensor) -> None:
 
 def test_tiles_fill_an_h100_for_all_of_the_networks_shapes() -> None:
     for side, channels in [(112, 64), (56, 64), (56, 256), (28, 512), (14, 1024), (7, 6144)]:
-        matrix = Matrix(128 * side * side, channels)
+        matrix = Matrix(128 * side * side, channels, MEASURE)
         assert 3.6 * 132 <= matrix.programs * matrix.strips <= 4 * 132
         assert matrix.tile_rows * matrix.tile_columns == 2048
 

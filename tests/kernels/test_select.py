@@ -1,5 +1,7 @@
 """The fused selective kernel between its convolutions, against plain code in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -100,10 +102,27 @@ def test_values_and_gradients(shape: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("programs", [1, 20, 40])
-def test_any_cut_of_the_images(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_PROGRAMS", programs)
-    found, expected = both(given((3, 70, 12, 11)))  # 5 tiles: 1 part, 3 with a tail, 5
-    assert max(errors(found, expected).values()) < TOLERANCE
+@pytest.mark.parametrize("sides", [{}, {"positions": 16, "features": 32, "stages": 1}])
+def test_any_cut_of_the_images(programs: int, sides: dict[str, int]) -> None:
+    tensors = given((3, 70, 12, 11))  # 5 tiles: 1 part, 3 with a tail, 5
+    y, upstream = channels_last(tensors["y"]), channels_last(tensors["upstream"])
+    kept = (y, *batch_statistics(y), tensors["weight"], tensors["bias"])
+    chosen, everywhere, totals = (
+        draw(rows, 140, seed=seed).to(DEVICE) for seed, rows in ((7, 3), (8, 3), (9, 2))
+    )
+
+    def every(tiles: select.Tiles) -> list[Tensor]:
+        way = {"epsilon": EPSILON, "tiles": tiles}
+        return [
+            select.sum_streams(kept, **way),
+            select.mix_streams(kept, chosen, **way),
+            select.sum_gradients(kept, upstream, **way),
+            select.differentiate_inputs(kept, upstream, chosen, everywhere, totals, ranks=1, **way),
+        ]
+
+    tiles = replace(select.POOL, programs=programs, **sides)
+    for found, expected in zip(every(tiles), every(select.POOL), strict=True):
+        assert worst(found, expected.double()) < TOLERANCE
 
 
 def test_the_same_bits_twice() -> None:

@@ -1,5 +1,6 @@
 """Both kernels at 224 and 32 pixels, as launched for views of float32 and bf16."""
 
+from bigsimclr.kernels.distort import TILES, Tiles
 from tests.kernels.ahead import Build
 
 STRIDES = {
@@ -11,7 +12,8 @@ STRIDES = {
 ALIGNED = ("view_stride", "image_stride", "channel_stride", "row_stride")
 
 
-def colour(size: int, kind: str, *, softens: bool, block: int, warps: int) -> Build:
+def colour(size: int, kind: str, *, softens: bool, tiles: Tiles = TILES) -> Build:
+    block = min(1 << (size * size - 1).bit_length(), 32 * tiles.warps * tiles.pixels)
     return Build(
         "_colour",
         {
@@ -29,18 +31,19 @@ def colour(size: int, kind: str, *, softens: bool, block: int, warps: int) -> Bu
             "SOFTENS": softens,
             "BLOCK": block,
         },
-        warps=warps,
+        warps=block // (32 * tiles.pixels),
         stages=1,
         aligned=ALIGNED,
     )
 
 
-def soften(size: int, kind: str, *, radius: int, rows: int) -> Build:
+def soften(size: int, kind: str, *, radius: int, tiles: Tiles = TILES) -> Build:
+    rows = min(tiles.blur_values // (3 * size), size)
     return Build(
         "_soften",
         {"coloured": "*fp32", "between": "*fp32", "found": f"*{kind}", "decisions": "*fp32"},
-        {"HEIGHT": size, "WIDTH": size, "RADIUS": radius, "ROWS": rows, "BLOCK": 1024},
-        warps=8,
+        {"HEIGHT": size, "WIDTH": size, "RADIUS": radius, "ROWS": rows, "BLOCK": tiles.blur_block},
+        warps=tiles.blur_warps,
         stages=1,
     )
 
@@ -49,10 +52,10 @@ BUILDS = [
     build
     for kind in ("fp32", "bf16")
     for build in (
-        colour(224, kind, softens=True, block=2048, warps=16),
-        colour(224, kind, softens=False, block=2048, warps=16),
-        colour(32, kind, softens=True, block=1024, warps=8),
-        soften(224, kind, radius=11, rows=32),
-        soften(32, kind, radius=1, rows=32),
+        colour(224, kind, softens=True),
+        colour(224, kind, softens=False),
+        colour(32, kind, softens=True),
+        soften(224, kind, radius=11),
+        soften(32, kind, radius=1),
     )
 ]

@@ -2,14 +2,22 @@
 
 from itertools import product
 
-from bigsimclr.kernels.nt_xent import slope_tiles, sum_tiles
+from bigsimclr.kernels.nt_xent import Tiles, slope_tiles, sum_tiles
 from tests.kernels.ahead import Build
 
 WIDTHS = (64, 128, 256, 512)
 
 
-def _sums(width: int, *, split: bool, symmetric: bool, online: bool, views: int) -> Build:
-    tiles = sum_tiles(width, split=split)
+def sums(
+    width: int,
+    *,
+    split: bool,
+    symmetric: bool = True,
+    online: bool = False,
+    views: int = 2,
+    tiles: Tiles | None = None,
+) -> Build:
+    tiles = tiles or sum_tiles(width, split=split)
     names = ["rows", "row_rests", "columns", "column_rests"]
     numbers = ["pairs", "column_pairs", "position", "first_tile", "stripe"]
     return Build(
@@ -32,8 +40,16 @@ def _sums(width: int, *, split: bool, symmetric: bool, online: bool, views: int)
     )
 
 
-def _slope(width: int, *, split: bool, online: bool, has_queue: bool, rows: int = 65536) -> Build:
-    tiles = slope_tiles(width, rows, split=split)
+def slope(
+    width: int,
+    *,
+    split: bool,
+    online: bool = False,
+    has_queue: bool = False,
+    rows: int = 65536,
+    tiles: Tiles | None = None,
+) -> Build:
+    tiles = tiles or slope_tiles(width, rows, split=split)
     halves = ["rows", "row_rests", "columns", "column_rests", "queue", "queue_rests"]
     singles = ["weights", "shares", "tops", "column_shares", "column_tops", "upstream"]
     views = ["first", "second", "first_slope", "second_slope"]
@@ -74,21 +90,15 @@ def _small(name: str, pointers: list[str], numbers: list[str], **constants: obje
 
 
 BUILDS = [
+    *(sums(width, split=split) for width, split in product(WIDTHS, (False, True))),
+    sums(128, split=False, symmetric=False),
+    sums(128, split=True, symmetric=False, views=1),
+    sums(128, split=True, symmetric=False, online=True),
+    *(slope(width, split=split) for width, split in product(WIDTHS, (False, True))),
+    slope(128, split=False, online=True, has_queue=True),
+    slope(128, split=True, has_queue=True),
     *(
-        _sums(width, split=split, symmetric=True, online=False, views=2)
-        for width, split in product(WIDTHS, (False, True))
-    ),
-    _sums(128, split=False, symmetric=False, online=False, views=2),
-    _sums(128, split=True, symmetric=False, online=False, views=1),
-    _sums(128, split=True, symmetric=False, online=True, views=2),
-    *(
-        _slope(width, split=split, online=False, has_queue=False)
-        for width, split in product(WIDTHS, (False, True))
-    ),
-    _slope(128, split=False, online=True, has_queue=True),
-    _slope(128, split=True, online=False, has_queue=True),
-    *(
-        _slope(width, split=split, online=split, has_queue=True, rows=1024)
+        slope(width, split=split, online=split, has_queue=True, rows=1024)
         for width, split in product((64, 128), (False, True))
     ),
     _normalise(128, split=False),
