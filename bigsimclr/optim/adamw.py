@@ -38,7 +38,6 @@ class TensorFlowAdamW(AdamW):
         epsilon: float = 1e-7,
     ) -> None:
         super().__init__(params, lr=learning_rate, betas=betas, eps=epsilon)
-        self.epsilon = epsilon
         # One pass over memory on a CPU; on a GPU it would move the update count there, and reading
         # that below would wait for the device.
         on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters())
@@ -63,7 +62,7 @@ class TensorFlowAdamW(AdamW):
         for group in self.param_groups:
             # All parameters of a run are updated together, so any of them tells the update.
             update = 1.0 + float(self.state[group["params"][0]]["step"])
-            group["eps"] = self.epsilon / math.sqrt(1.0 - group["betas"][1] ** update)
+            group["eps"] = self.defaults["eps"] / math.sqrt(1.0 - group["betas"][1] ** update)
         loss: float | None = super().step(closure)
         return loss
 

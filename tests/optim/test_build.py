@@ -1,5 +1,7 @@
 """Which parameters decay and adapt, and state addressed by name."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from bigsimclr.optim import (
     parameter_groups,
     set_learning_rate,
 )
+from bigsimclr.optim.adamw import TensorFlowAdamW
 from bigsimclr.recipe.sections import AdamW, Lars, Sgd
 
 KINDS = {
@@ -155,6 +158,23 @@ def test_state_that_does_not_fit_changes_nothing(kind, damage):
         load_optimizer_state(optimizer, saved)
     for key, tensor in optimizer_state(optimizer).items():
         assert torch.equal(tensor, before[key])
+
+
+def test_a_copied_adam_goes_on_as_the_original():
+    weights = {}
+    for how in (lambda optimizer: optimizer, copy.deepcopy):
+        parameter = Parameter(torch.ones(3))
+        optimizer = TensorFlowAdamW([{"params": [parameter]}], learning_rate=0.1, betas=(0.9, 0.99))
+        for update in range(4):
+            if update == 2:
+                optimizer = how(optimizer)
+                (parameter,) = optimizer.param_groups[0]["params"]
+            parameter.grad = torch.full((3,), 1e-7 * (update + 1))
+            optimizer.step()
+        weights[how] = parameter.detach()
+    first, second = weights.values()
+    assert torch.equal(first, second)
+    assert (first < 1).all()
 
 
 def test_the_groups_of_any_module():
