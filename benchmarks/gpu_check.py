@@ -85,10 +85,10 @@ CHECK: Final = (
 # The kernels build in the first of these, so that the sanitizer finds them built.
 PROOF: Final = (
     tests(120, "tests/golden", "-m", "gpu"),
+    tests(60, "tests/golden/test_optim.py", "tests/golden/test_loss.py", "-k", "fused"),
     tests(120, "tests/stages/test_on_gpu.py", "-m", "gpu"),
     benchmark(170, "precisions"),
     benchmark(230, "sanitize", "--seconds", "220"),
-    tests(100, "tests/golden/test_optim.py", "tests/golden/test_loss.py", "-k", "fused"),
 )
 NETWORKS: Final = (
     race(120, "r50-1x", 256, "--rounds", "3", "--steps", "4", "--profile", result="network-r50-1x"),
