@@ -24,10 +24,10 @@ CIFAR10 ?= data/cifar10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup dali demo check lint test fix storm storm-ranks storm-slurm storm-pack scaling bench bench-docs docs gpu-check gpu-cifar clean
+.PHONY: help setup dali demo check lint test fix storm storm-ranks storm-slurm storm-pack scaling bench bench-docs docs gpu-check gpu-proof gpu-networks gpu-sweep gpu-input gpu-cifar clean
 
 help: ## Print this table
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv and install the package with its tools; redone when pyproject.toml changes
 
@@ -102,6 +102,12 @@ docs: bench-docs ## Write docs/recipes.md again from the recipe schema, and the 
 
 gpu-check: ## Tests that need a GPU, then its benchmarks, in nine minutes; uses PYTHON where there is no .venv
 	@$(GPU_PYTHON) -m benchmarks.gpu_check
+
+gpu-proof: ## Golden tests, loss curves, memory and races under the sanitizer, plain PyTorch; nine minutes of a GPU
+	@$(GPU_PYTHON) -m benchmarks.gpu_check proof
+
+gpu-networks: ## Five networks beside the other loops, time by class of kernels; nine minutes of a GPU
+	@$(GPU_PYTHON) -m benchmarks.gpu_check networks
 
 gpu-cifar: ## CIFAR-10 in nine minutes of one GPU: the label-efficiency table; CIFAR10=DIR has the parquet files
 	@$(GPU_PYTHON) -m benchmarks.cifar10 --data $(CIFAR10) --minutes 9 --output benchmarks/results/cifar10.json

@@ -1,21 +1,36 @@
-"""Everything that needs a GPU, one after the other, within nine minutes: tests, then benchmarks.
+"""Everything that needs a GPU, in parts of nine minutes: tests, then benchmarks.
 
-    python -m benchmarks.gpu_check
+    python -m benchmarks.gpu_check [PART]
+
+check       the kernels' tests, then the benchmarks of speed; where no part is named
+proof       golden tests and loss curves on the GPU, memory under the sanitizer, plain PyTorch
+networks    the step of five networks beside the other loops, with profiles
 
 Needs no environment of its own: it runs in that of the Python that runs it. Each step has a time
 limit, and what fails or takes too long does not stop the next one; at the end the tables are
-printed, and the exit status says whether all went well. Results are benchmarks/results/*-gpu.json.
+printed, and the exit status says whether all went well. Results are benchmarks/results/*-gpu.json;
+PART-steps-gpu.json says what became of each step, and what tests counted.
+
+Where the checkout travels to the GPU alone, put the golden values into its folder shared/golden.
 """
 
+import argparse
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Final
+from xml.etree import ElementTree as ET
+
+from benchmarks.machine import machine
+from bigsimclr.stages.run_directory import environment, source_commit
 
 SECONDS: Final = 530.0  # for all steps; the tables take the rest of nine minutes
 LEAST: Final = 10.0  # seconds; in fewer, no step comes to anything
@@ -38,31 +53,65 @@ def benchmark(seconds: float, name: str, *words: str, result: str = "") -> Step:
     return Step(seconds, (f"benchmarks.{name}", *words, "--output", output))
 
 
-R50: Final = ("--model", "r50-1x", "--batch", "256", "--rounds", "3", "--steps", "4")
-# To compile its strong baseline, or to build all four, would take minutes of the nine.
-R152: Final = ("--model", "r152-3x-sk", "--batch", "64", "--rounds", "2", "--steps", "2",
-               "--methods", "ours", "strong", "--eager")  # fmt: skip
-SELECTIVE: Final = ("--model", "r152-3x-sk", "--batch", "128", "--memory", "selective",
-                    "--rounds", "2", "--steps", "2", "--methods", "ours")  # fmt: skip
-GRAPH: Final = ("--model", "r50-1x", "--batch", "64", "--cuda-graph",
-                "--rounds", "3", "--steps", "10", "--methods", "ours")  # fmt: skip
-# The limits together are more than there is, because few steps need theirs; what matters most
-# comes first, and the largest network has what is left.
-STEPS: Final = (
-    # A package that only other tests need may be missing.
-    tests(120, "-m", "gpu", "--continue-on-collection-errors"),
+def race(seconds: float, model: str, batch: int, *words: str, result: str = "") -> Step:
+    """Race our step of a network."""
+    case = ("--model", model, "--batch", str(batch))
+    return benchmark(seconds, "step", *case, *words, result=result or f"step-{model}")
+
+
+SHORT: Final = ("--rounds", "2", "--steps", "2")
+# To compile the strong baseline of the largest network, or to build all four, would take minutes.
+R152: Final = (*SHORT, "--methods", "ours", "strong", "--compile", "blocks")
+SELECTIVE: Final = (*SHORT, "--memory", "selective", "--methods", "ours")
+GRAPH: Final = ("--cuda-graph", "--rounds", "3", "--steps", "10", "--methods", "ours")
+# In each part the limits together are more than there is, because few steps need theirs; what
+# matters most comes first, and the last has what is left.
+CHECK: Final = (
+    # A package that only other tests need may be missing. Those of `proof` have their turn there.
+    tests(120, "-m", "gpu", "--continue-on-collection-errors",
+          "--ignore=tests/golden", "--ignore=tests/stages/test_on_gpu.py"),
     tests(120, "tests/kernels", "tests/golden/test_augment.py", "-m", "not gpu and not slow"),
     benchmark(90, "loss", "--rounds", "5"),
-    benchmark(90, "step", *R50, result="step-r50-1x"),
+    race(90, "r50-1x", 256, "--rounds", "3", "--steps", "4"),
     benchmark(70, "optimizer", "--rounds", "10"),
     benchmark(40, "optimizer", "--model", "r152-3x-sk", "--rounds", "5", result="optimizer-r152"),
     benchmark(40, "augment", "--rounds", "7"),
     benchmark(60, "norm_act", "--rounds", "10"),
     benchmark(60, "select", "--rounds", "5"),
-    benchmark(60, "step", *GRAPH, result="step-graph"),
-    benchmark(200, "step", *R152, result="step-r152-3x-sk"),
-    benchmark(90, "step", *SELECTIVE, result="step-selective"),
+    race(60, "r50-1x", 64, *GRAPH, result="step-graph"),
+    race(200, "r152-3x-sk", 64, *R152),
+    race(90, "r152-3x-sk", 128, *SELECTIVE, result="step-selective"),
+)  # fmt: skip
+# The kernels build in the first of these, so that the sanitizer finds them built.
+PROOF: Final = (
+    tests(120, "tests/golden", "-m", "gpu"),
+    tests(60, "tests/golden/test_optim.py", "tests/golden/test_loss.py", "-k", "fused"),
+    tests(120, "tests/stages/test_on_gpu.py", "-m", "gpu"),
+    benchmark(170, "precisions"),
+    benchmark(230, "sanitize", "--seconds", "220"),
 )
+NETWORKS: Final = (
+    race(120, "r50-1x", 256, "--rounds", "3", "--steps", "4", "--profile", result="network-r50-1x"),
+    race(230, "r152-3x-sk", 64, *SHORT, "--compile", "blocks", "--profile",
+         result="network-r152-3x-sk"),
+    race(100, "r50-1x-sk", 256, *SHORT, "--compile", "blocks", "--profile",
+         result="network-r50-1x-sk"),
+    race(120, "r50-2x-sk", 128, *SHORT, "--compile", "blocks", "--profile",
+         result="network-r50-2x-sk"),
+    race(150, "r152-1x-sk", 128, *SHORT, "--compile", "blocks", "--profile",
+         result="network-r152-1x-sk"),
+)  # fmt: skip
+PARTS: Final = {"check": CHECK, "proof": PROOF, "networks": NETWORKS}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step."""
+
+    command: str
+    seconds: float
+    trouble: str  # nothing where it went well
+    counted: dict[str, int]  # tests, by what became of them
 
 
 def run(step: Step, seconds: float) -> str:
@@ -80,8 +129,23 @@ def run(step: Step, seconds: float) -> str:
     return "" if status == 0 else f"exit status {status}"
 
 
-def run_all(steps: Sequence[Step], seconds: float, *, least: float = LEAST) -> list[str]:
-    """Run the steps and return a line for each that failed.
+def run_counted(step: Step, seconds: float) -> tuple[str, dict[str, int]]:
+    """Run a step; return what went wrong and, of tests, how many passed, failed, were left out."""
+    if step.words[0] != "pytest":
+        return run(step, seconds), {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tests.xml"
+        trouble = run(Step(step.seconds, (*step.words, f"--junitxml={file}")), seconds)
+        if not file.exists():
+            return trouble, {}
+        suite = ET.parse(file).getroot().find("testsuite")  # noqa: S314 - pytest's own
+    assert suite is not None
+    counts = {name: int(suite.attrib[name]) for name in ("failures", "errors", "skipped")}
+    return trouble, {"passed": int(suite.attrib["tests"]) - sum(counts.values()), **counts}
+
+
+def run_all(steps: Sequence[Step], seconds: float, *, least: float = LEAST) -> list[Outcome]:
+    """Run the steps and return what became of each.
 
     Args:
         steps: in their order.
@@ -89,24 +153,39 @@ def run_all(steps: Sequence[Step], seconds: float, *, least: float = LEAST) -> l
         least: a step that has fewer seconds left is not begun.
     """
     deadline = time.monotonic() + seconds
-    failed = []
+    outcomes = []
     for step in steps:
         left = min(step.seconds, deadline - time.monotonic())
         begin = time.monotonic()
-        trouble = run(step, left) if left >= least else "no time left"
-        print(f"--- {time.monotonic() - begin:.0f} s", flush=True)
-        if trouble:
-            failed.append(f"{shlex.join(step.words)}: {trouble}")
-    return failed
+        trouble, counted = run_counted(step, left) if left >= least else ("no time left", {})
+        taken = time.monotonic() - begin
+        print(f"--- {taken:.0f} s", flush=True)
+        outcomes.append(Outcome(shlex.join(step.words), round(taken, 1), trouble, counted))
+    return outcomes
 
 
 def main() -> None:
-    """Run everything, print the tables, and exit with 1 if a step failed."""
-    failed = run_all(STEPS, SECONDS)
+    """Run a part, print the tables, and exit with 1 if a step failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", choices=PARTS, default="check")
+    part: str = parser.parse_args().part
+    where = {**environment(), **machine()}
+    outcomes = run_all(PARTS[part], SECONDS)
+    result = {
+        "command": f"python -m benchmarks.gpu_check {part}",
+        "commit": source_commit(),
+        "machine": where,
+        "steps": [asdict(outcome) for outcome in outcomes],
+    }
+    file = Path(f"benchmarks/results/{part}-steps-gpu.json")
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    failed = [f"{one.command}: {one.trouble}" for one in outcomes if one.trouble]
     if trouble := run(Step(60, ("benchmarks.render",)), 60):
         failed.append(f"benchmarks.render: {trouble}")
     for line in failed:
-        print(f"gpu-check: failed: {line}")
+        print(f"gpu-{part}: failed: {line}")
     raise SystemExit(1 if failed else 0)
 
 

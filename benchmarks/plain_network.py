@@ -4,7 +4,10 @@
 both can start from the same weights.
 """
 
+from functools import partial
+
 import torch
+import torch.compiler.config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -161,12 +164,17 @@ class _Backbone(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = groups
         self.feature_width = in_width
 
-    @override
-    def forward(self, images: Tensor) -> Tensor:
+    def stem(self, images: Tensor) -> Tensor:
+        """Return what the first block takes."""
         hidden = F.relu(self.bn1(self.conv1(images)), inplace=True)
         if not self.is_small:
             sides = (hidden.shape[-2] % 2, hidden.shape[-1] % 2)
             hidden = F.max_pool2d(hidden, 3, stride=2, padding=sides, ceil_mode=True)
+        return hidden
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.stem(images)
         for group in (self.layer1, self.layer2, self.layer3, self.layer4):
             hidden = group(hidden)
         return hidden.mean(dim=(2, 3))
@@ -202,6 +210,23 @@ class PlainNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         projections: Tensor = self.head(self.backbone(images))
         return projections
+
+
+def compile_blocks(model: PlainNetwork) -> None:
+    """Let the stem, blocks and layers of the head be compiled, each kind of them once.
+
+    The kinds of a ResNet-152 are a dozen, so that this takes a fraction of what it takes to compile
+    all of it, and what can be fused lies within a block.
+    """
+    torch.compiler.config.recompile_limit = 64  # of one function: that many kinds of blocks
+    kinds: tuple[type[nn.Module], ...] = (_Block, _HeadLayer)
+    model.backbone.stem = torch.compile(model.backbone.stem, dynamic=False)  # type: ignore[method-assign]
+    for kind in kinds:
+        # One function for all of a kind: its builds are found again by another block.
+        compiled = torch.compile(kind.forward, dynamic=False)
+        for module in model.modules():
+            if isinstance(module, kind):
+                module.forward = partial(compiled, module)
 
 
 def plain_network(architecture: Architecture, weights: dict[str, Tensor]) -> PlainNetwork:

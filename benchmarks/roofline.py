@@ -20,10 +20,16 @@ the augmentation, or the launch of a kernel.
 
 import argparse
 import json
+import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from benchmarks.machine import machine
 from benchmarks.networks import TABLE_1, network
@@ -45,6 +51,32 @@ class Ceilings:
 
 
 ASSUMED: Final = Ceilings(flops=798e12, bandwidth=3.0e12)
+
+
+def measure_ceilings(*, side: int = 8192, megabytes: int = 2048, times: int = 10) -> Ceilings:
+    """Return what the GPU at hand reaches in a bf16 matrix product and in a copy, both of noise."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device="cuda", dtype=torch.bfloat16)
+    left, right = draw(side, side), draw(side, side)
+    source = draw(megabytes * 500_000)
+    target = torch.empty_like(source)
+    product = _seconds(lambda: left @ right, times)
+    copy = _seconds(lambda: target.copy_(source), times)
+    return Ceilings(flops=2 * side**3 / product, bandwidth=2 * source.nbytes / copy)
+
+
+def _seconds(work: Callable[[], object], times: int) -> float:
+    """Return the median of several times on the GPU, after some that warm it."""
+    for _ in range(times):
+        work()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    for mark in marks[:-1]:
+        mark.record()
+        work()
+    marks[-1].record()
+    marks[-1].synchronize()
+    spans = [begin.elapsed_time(end) for begin, end in pairwise(marks)]
+    return statistics.median(spans) / 1e3
 
 
 @dataclass(frozen=True)

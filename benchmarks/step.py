@@ -17,6 +17,11 @@ step of a turn, and what the others hold rests on the host meanwhile. On a CPU w
 clock is that of the process, which what else the machine does hardly moves.
 
 Memory, on a GPU only: the most that is allocated in a method's turns, without the views.
+
+With --profile, on a GPU only: after the race the profiler watches two more steps of every method,
+and their time is divided by classes of kernels, as `benchmarks.kernel_classes` tells them by name.
+Fractions of the op-roofline, as `benchmarks.roofline` counts it with batch norm, ReLU and sums
+fused, are of the two ceilings that this GPU reached before the race.
 """
 
 import argparse
@@ -36,10 +41,12 @@ from typing import Any, Final, get_args
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_trace import facts, trace
 from benchmarks.loops import (
     SEED,
     TEMPERATURE,
     Case,
+    Compiling,
     Loop,
     MethodName,
     Views,
@@ -50,6 +57,7 @@ from benchmarks.loops import (
 )
 from benchmarks.machine import machine
 from benchmarks.networks import network
+from benchmarks.roofline import Ceilings, floors, measure_ceilings
 from bigsimclr.kernels import Choice
 from bigsimclr.losses.nt_xent import nt_xent
 from bigsimclr.models import build_model
@@ -62,6 +70,7 @@ TWO_PASSES: Final = ("lightly", "solo")
 CPU_CASES: Final = (Case("r18-cifar", batch=32, size=32),)
 GPU_CASES: Final = (Case("r50-1x", batch=256, size=224), Case("r152-3x-sk", batch=64, size=224))
 WARM_STEPS: Final = 3
+TRACED_STEPS: Final = 2
 # Of a loss; 16-bit arithmetic rounds every layer by 1/256 (bf16) or 1/2048 (fp16).
 TOLERANCE: Final = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 DRIFT: Final = 10.0  # times the tolerance, after a few updates
@@ -89,6 +98,7 @@ class Entrant:
     peak: int = 0  # bytes
     last_loss: float = math.nan
     seconds: list[float] = field(default_factory=list)  # of one step, by round
+    profile: dict[str, object] | None = None
 
 
 def enter(
@@ -98,7 +108,7 @@ def enter(
     before = _allocated(world.device)
     try:
         ways = Ways(options.kernels, options.memory, options.cuda_graph)
-        loop = build_loop(method, case, views, world, ways=ways, compiled=not options.eager)
+        loop = build_loop(method, case, views, world, ways=ways, compiled=options.compile)
         losses = [float(loop.step()) for _ in range(WARM_STEPS)]
     except torch.OutOfMemoryError:
         return None
@@ -127,6 +137,14 @@ def take_turn(entrant: Entrant, device: torch.device, steps: int) -> None:
     entrant.last_loss = float(losses[-1])
     if not math.isfinite(entrant.last_loss):
         raise ValueError(f"a loss became {entrant.last_loss}")
+    _move(entrant.loop, torch.device("cpu"))
+
+
+def watch(entrant: Entrant, device: torch.device) -> None:
+    """Let the profiler watch a method make some steps."""
+    _move(entrant.loop, device)
+    entrant.loop.step()
+    entrant.profile = facts(trace(entrant.loop.step, steps=TRACED_STEPS))
     _move(entrant.loop, torch.device("cpu"))
 
 
@@ -171,9 +189,22 @@ def check(
 
 
 def measure(
-    case: Case, methods: Sequence[MethodName], world: World, options: argparse.Namespace
+    case: Case,
+    methods: Sequence[MethodName],
+    world: World,
+    options: argparse.Namespace,
+    *,
+    ceilings: Ceilings | None = None,
 ) -> dict[str, object]:
-    """Race the methods on one case, print the table and return it."""
+    """Race the methods on one case, print the table and return it.
+
+    Args:
+        case: what is trained.
+        methods: in the order of the table.
+        world: one process.
+        options: of the command.
+        ceilings: what the device can do at most; None: no fractions of it.
+    """
     device = world.device
     views = views_of(case, device)
     expected = reference_losses(case, views.channels_last)
@@ -184,7 +215,13 @@ def measure(
         order = list(entrants.values())
         for entrant in order if number % 2 == 0 else reversed(order):
             take_turn(entrant, device, options.steps)
+    if options.profile:
+        for entrant in entrants.values():
+            watch(entrant, device)
     rows = {method: _facts(method, found[method], case, device) for method in methods}
+    if ceilings is not None:
+        for row in rows.values():
+            row["of_op_roofline"] = of_op_roofline(row, case, ceilings)
     seconds = {method: statistics.median(entrant.seconds) for method, entrant in entrants.items()}
     ratios = {
         f"ours_over_{method}": round(taken / seconds["ours"], 3)
@@ -192,18 +229,36 @@ def measure(
         if "ours" in seconds and method != "ours"
     }
     print(f"\n{case.model}, {case.batch} images of {case.size} px, {device.type}")
-    print(f"{'method':>8} {'type':>5} {'images/s':>9} {'spread':>6} {'peak GB':>7} {'loss':>8}")
-    for method, facts in rows.items():
-        if "out_of_memory" in facts:
-            print(f"{method:>8} {facts['precision']:>5}  out of memory")
+    print(
+        f"{'method':>8} {'type':>5} {'images/s':>9} {'spread':>6} {'peak GB':>7} {'loss':>8}  "
+        "of op-roofline"
+    )
+    for method, row in rows.items():
+        if "out_of_memory" in row:
+            print(f"{method:>8} {row['precision']:>5}  out of memory")
             continue
         print(
-            f"{method:>8} {facts['precision']:>5} {facts['images_per_second']:>9.2f} "
-            f"{facts['spread']:>6.0%} {(facts['peak_bytes'] or 0) / 1e9:>7.2f} "
-            f"{facts['first_losses'][0]:>8.4f}"
+            f"{method:>8} {row['precision']:>5} {row['images_per_second']:>9.2f} "
+            f"{row['spread']:>6.0%} {(row['peak_bytes'] or 0) / 1e9:>7.2f} "
+            f"{row['first_losses'][0]:>8.4f}  {row.get('of_op_roofline') or ''}"
         )
     print("  ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
     return {**asdict(case), "reference_losses": expected, "methods": rows, "ratios": ratios}
+
+
+def of_op_roofline(row: dict[str, Any], case: Case, ceilings: Ceilings) -> float | None:
+    """Return which fraction of the fused op-roofline a method reached; None: it never ran."""
+    if "out_of_memory" in row:
+        return None
+    allowed = floors(
+        case.model,
+        ceilings,
+        image_size=case.size,
+        views=2 * case.batch,
+        precision=row["precision"],
+    )
+    rate: float = row["images_per_second"]
+    return round(rate / allowed["fused_elementwise"].op_images_per_second, 4)
 
 
 def _facts(
@@ -222,6 +277,7 @@ def _facts(
         "peak_bytes": entrant.peak if device.type == "cuda" else None,
         "first_losses": entrant.losses,
         "last_loss": entrant.last_loss,
+        **({} if entrant.profile is None else {"profile": entrant.profile}),
     }
 
 
@@ -255,12 +311,19 @@ def main() -> None:
     parser.add_argument("--kernels", choices=get_args(Choice), default="auto", help="of ours")
     parser.add_argument("--memory", choices=get_args(Memory), default="none", help="of ours")
     parser.add_argument("--cuda-graph", action="store_true", help="record ours")
-    parser.add_argument("--eager", action="store_true", help="do not compile the strong baseline")
+    parser.add_argument(
+        "--compile", choices=get_args(Compiling), default="whole", help="of the strong baseline"
+    )
+    parser.add_argument("--profile", action="store_true", help="time by class of kernels, on a GPU")
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the findings")
     options = parser.parse_args()
     where = {**environment(), **machine()}  # before the machine is busy with this
     keep_freed_memory()  # of all methods alike: they share this process
     world = use_device(ALONE, options.device)
+    on_gpu = world.device.type == "cuda"
+    if options.profile and not on_gpu:
+        parser.error("--profile: needs a GPU")
+    ceilings = measure_ceilings() if on_gpu else None
     result = {
         "command": " ".join(["python", "-m", "benchmarks.step", *sys.argv[1:]]),
         "commit": source_commit(),
@@ -273,10 +336,12 @@ def main() -> None:
             "kernels": options.kernels,
             "memory": options.memory,
             "cuda_graph": options.cuda_graph,
-            "strong_is_compiled": not options.eager,
+            "strong_is_compiled": options.compile != "none",
+            "strong_compiles": options.compile,
         },
+        "ceilings": None if ceilings is None else asdict(ceilings),
         "cases": [
-            measure(case, options.methods, world, options)
+            measure(case, options.methods, world, options, ceilings=ceilings)
             for case in cases_of(options, world.device)
         ],
     }

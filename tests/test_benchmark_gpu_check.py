@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_check import SECONDS, STEPS, Step, run_all
+from benchmarks.gpu_check import PARTS, SECONDS, Step, run_all
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -22,21 +24,51 @@ def test_all_steps_run_whatever_becomes_of_the_others(modules: Path) -> None:
         Step(1, ("hangs",)),
         Step(60, ("writes", "done")),
     ]
-    assert run_all(steps, 300, least=0.5) == [
-        "fails now: exit status 3",
-        "hangs: stopped after 1 seconds",
+    outcomes = run_all(steps, 300, least=0.5)
+    assert [(one.command, one.trouble) for one in outcomes] == [
+        ("fails now", "exit status 3"),
+        ("hangs", "stopped after 1 seconds"),
+        ("writes done", ""),
     ]
+    assert outcomes[1].seconds >= 1
     assert (modules / "done").exists()
 
 
 def test_steps_without_time_left_are_not_begun(modules: Path) -> None:
-    assert run_all([Step(60, ("writes", "done"))], 5) == ["writes done: no time left"]
+    (outcome,) = run_all([Step(60, ("writes", "done"))], 5)
+    assert outcome.trouble == "no time left"
     assert not (modules / "done").exists()
 
 
+def test_tests_are_counted(modules: Path) -> None:
+    (modules / "test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('number', [1, 2, 3])\n"
+        "def test_small(number): assert number < 3\n"
+        "def test_left_out(): pytest.skip('no reason')\n"
+    )
+    (outcome,) = run_all([Step(60, ("pytest", "-q", "test_some.py"))], 300)
+    assert outcome.trouble == "exit status 1"
+    assert outcome.counted == {"passed": 2, "failures": 1, "errors": 0, "skipped": 1}
+
+
 def test_results_have_names_of_their_own() -> None:
-    outputs = [word for step in STEPS for word in step.words if word.endswith(".json")]
-    assert len(outputs) == len(set(outputs)) == 10
+    steps = [step for part in PARTS.values() for step in part]
+    outputs = [word for step in steps for word in step.words if word.endswith(".json")]
+    assert len(outputs) == len(set(outputs)) == 17
     assert all(name.startswith("benchmarks/results/") for name in outputs)
     assert all(name.endswith("-gpu.json") for name in outputs)
-    assert all(step.seconds < SECONDS for step in STEPS)
+    assert all(step.seconds < SECONDS for step in steps)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_all_commands_are_understood(part: str) -> None:
+    """Every option is one of its program, and every path is there."""
+    for step in PARTS[part]:
+        module, *words = step.words
+        if module == "pytest":
+            assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+            continue
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        options = [word for word in words if word.startswith("--")]
+        assert all(f'"{option}"' in source for option in options), step.words

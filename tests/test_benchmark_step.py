@@ -2,11 +2,13 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -26,8 +28,16 @@ from benchmarks.loops import (
 )
 from benchmarks.networks import network
 from benchmarks.peers import Loss, lightly_lars, lightly_loss, solo_lars, solo_loss
-from benchmarks.plain_network import plain_network
-from benchmarks.step import Entrant, cases_of, check, measure, reference_losses
+from benchmarks.plain_network import compile_blocks, plain_network
+from benchmarks.roofline import Ceilings
+from benchmarks.step import (
+    Entrant,
+    cases_of,
+    check,
+    measure,
+    of_op_roofline,
+    reference_losses,
+)
 from bigsimclr.losses.nt_xent import nt_xent, unit_rows
 from bigsimclr.models import build_model
 from bigsimclr.optim import LARS
@@ -160,7 +170,8 @@ def options(**changed: object) -> Namespace:
         "kernels": "plain",
         "memory": "none",
         "cuda_graph": False,
-        "eager": True,
+        "compile": "none",
+        "profile": False,
         "rounds": 2,
         "steps": 1,
         "model": None,
@@ -182,14 +193,49 @@ def test_a_race_on_a_tiny_network() -> None:
         assert row["precision"] == "fp32"
     # Their first losses, and those after updates, are one and the same.
     assert rows["strong"]["first_losses"] == pytest.approx(rows["ours"]["first_losses"], rel=1e-4)
+    assert all("of_op_roofline" not in row for row in rows.values())
     ratios = found["ratios"]
     assert isinstance(ratios, dict)
     assert set(ratios) == {f"ours_over_{method}" for method in methods[1:]}
 
 
+def test_the_fraction_of_the_op_roofline() -> None:
+    case, ceilings = Case("r50-1x", batch=64, size=224), Ceilings(flops=798e12, bandwidth=3.0e12)
+    row = {"precision": "bf16", "images_per_second": 1938.0}
+    # 3876 images a second, counted by a program that shares no code with ours.
+    assert of_op_roofline(row, case, ceilings) == pytest.approx(0.5, abs=0.02)
+    assert of_op_roofline({"out_of_memory": True}, case, ceilings) is None
+    raced = measure(TINY, ["ours"], ALONE, options(), ceilings=ceilings)["methods"]
+    assert isinstance(raced, dict)
+    assert 0 <= raced["ours"]["of_op_roofline"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler looks at gradients of what is no leaf
+def test_compiled_blocks_are_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters["stats"].clear()
+    # Not down to machine code, so that all of the difference would be a mistake of ours.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    architecture = network("r50-0.125x-sk-cifar")
+    weights = build_model(architecture, seed=0).state_dict()
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    found = []
+    for compiled in (False, True):
+        model = plain_network(architecture, weights)
+        if compiled:
+            compile_blocks(model)
+        outputs = model(images)
+        outputs.square().sum().backward()
+        found.append([outputs.detach(), *(p.grad for p in model.parameters())])
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    # Stem, four groups' first and further blocks, the head's layers but the last, and the last.
+    assert counters["stats"]["unique_graphs"] == 1 + 2 * 4 + 2
+
+
 def test_our_loop_trains() -> None:
     views = views_of(TINY, CPU)
-    loop = build_loop("ours", TINY, views, ALONE, ways=PLAIN, compiled=False)
+    loop = build_loop("ours", TINY, views, ALONE, ways=PLAIN, compiled="none")
     assert isinstance(loop, OurLoop)
     losses = [float(loop.step()) for _ in range(8)]
     assert losses[0] == pytest.approx(reference_losses(TINY, views.channels_last)["one_pass"])
@@ -198,7 +244,7 @@ def test_our_loop_trains() -> None:
 
 def test_what_computes_something_else_is_not_timed() -> None:
     views = views_of(TINY, CPU)
-    loop = StrongLoop(TINY, views.channels_last, compiled=False)
+    loop = StrongLoop(TINY, views.channels_last, compiled="none")
     expected = {"one_pass": 4.0, "two_passes": 3.0}
     fine: Mapping[str, Entrant] = {
         "ours": Entrant(loop, [4.0001, 3.9], stays=0),

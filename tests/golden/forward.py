@@ -74,8 +74,8 @@ class Case:
         ]
         return max(10 * max(own, default=0.0), _FLOOR[mode])
 
-    def images(self, dtype: torch.dtype) -> Tensor:  # [N, 3, H, W]
-        return torch.from_numpy(self.stored["x"]).permute(0, 3, 1, 2).to(dtype)
+    def images(self, dtype: torch.dtype, device: torch.device) -> Tensor:  # [N, 3, H, W]
+        return torch.from_numpy(self.stored["x"]).permute(0, 3, 1, 2).to(device, dtype)
 
     def official(self, prefix: str) -> Arrays:
         found = (name for name in self.stored if name.startswith(prefix))
@@ -83,10 +83,13 @@ class Case:
 
     def too_far(self, ours: Arrays, prefix: str, tolerance: float) -> dict[str, float]:
         """Relative errors of those of our values that differ from the official ones by more."""
+        errors = self.errors(ours, prefix)
+        return {name: error for name, error in errors.items() if not error <= tolerance}
+
+    def errors(self, ours: Arrays, prefix: str) -> dict[str, float]:
         official = self.official(prefix)
         assert official, f"{self.directory} has nothing under {prefix}"
-        errors = {name: relative_error(ours[name], array) for name, array in official.items()}
-        return {name: error for name, error in errors.items() if not error <= tolerance}
+        return {name: relative_error(ours[name], array) for name, array in official.items()}
 
 
 @cache
@@ -111,16 +114,21 @@ def run(model: SimCLR, images: Tensor) -> dict[str, NDArray]:
         outputs = model(images)
     for handle in handles:
         handle.remove()
-    arrays = {name: output.permute(0, 2, 3, 1).numpy() for name, output in seen.items()}
-    arrays["final_avg_pool"] = outputs.features.numpy()
+    arrays = {name: on_host(output.permute(0, 2, 3, 1)) for name, output in seen.items()}
+    arrays["final_avg_pool"] = on_host(outputs.features)
     for index, projection in enumerate(outputs.projections, start=1):
-        arrays[f"proj_{index}"] = projection.numpy()
-    arrays["logits_sup"] = outputs.logits.numpy()
-    rows = F.normalize(outputs.projections[-1], dim=1)
+        arrays[f"proj_{index}"] = on_host(projection)
+    arrays["logits_sup"] = on_host(outputs.logits)
+    rows = F.normalize(torch.from_numpy(arrays[f"proj_{len(outputs.projections)}"]), dim=1)
     logits = (rows @ rows.T / 0.1).fill_diagonal_(-torch.inf)
     labels = torch.arange(len(rows)).roll(len(rows) // 2)
     arrays["loss"] = 2 * F.cross_entropy(logits, labels).numpy()
     return arrays
+
+
+def on_host(tensor: Tensor) -> NDArray:
+    """In float32 if it has fewer bits, which NumPy does not know."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
 
 
 def relative_error(ours: NDArray, official: NDArray) -> float:

@@ -9,10 +9,12 @@ import pytest
 def golden_dir() -> Path:
     """Return the folder of golden values; skip the calling test module where there is none.
 
-    The environment variable BIGSIMCLR_GOLDEN names it; the default is `../shared/golden` beside
-    the repository.
+    The environment variable BIGSIMCLR_GOLDEN names it; the default is `shared/golden` in the
+    repository or, where that is not, beside it.
     """
-    default = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
+    root = Path(__file__).resolve().parents[2]
+    places = [folder / "shared" / "golden" for folder in (root, root.parent)]
+    default = next((place for place in places if place.is_dir()), places[-1])
     directory = Path(os.environ.get("BIGSIMCLR_GOLDEN", default)).resolve()
     if not directory.is_dir():
         pytest.skip(

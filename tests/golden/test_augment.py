@@ -34,12 +34,12 @@ OPERATIONS = {
 NAMES = list(OPERATIONS)
 COLOUR_TOLERANCE = {"brightness": 2e-6, "contrast": 2e-6, "saturation": 1e-5, "hue": 1e-5}
 CPU = torch.device("cpu")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the kernels
 
 
-def channels_first(image, dtype=torch.float32):
+def channels_first(image, dtype=torch.float32, device=CPU):
     """[H,W,3] -> [1,3,H,W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(dtype).contiguous()
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device, dtype).contiguous()
 
 
 def stored_image(name):
@@ -48,18 +48,20 @@ def stored_image(name):
 
 def difference(found, expected):
     """Largest absolute difference of [1,3,H,W] or [3,H,W] from [H,W,3]."""
-    found = np.asarray(found).reshape(-1, *found.shape[-2:]).transpose(1, 2, 0)
+    if isinstance(found, torch.Tensor):
+        found = found.cpu().numpy()
+    found = found.reshape(-1, *found.shape[-2:]).transpose(1, 2, 0)
     assert found.shape == expected.shape
     return np.abs(found.astype(np.float64) - expected).max()
 
 
-def cropped(image, box, size, resize):
+def cropped(image, box, size, resize, device):
     """Crop by the host's and by the device's path, which must agree."""
     host = torch.empty(3, *size)
     crop_resize_one(image, box, resize, out=host)
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    device = crop_resize(pixels, box[None, None], size, resize)[0]
-    return host.numpy(), device.numpy()
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(device)
+    found = crop_resize(pixels, box[None, None], size, resize)[0]
+    return host.numpy(), found.cpu().numpy()
 
 
 def kernels(prefix):
@@ -73,16 +75,16 @@ def kernels(prefix):
 
 
 @pytest.mark.parametrize(("name", "resize"), kernels("crop"))
-def test_crop_and_resize(name, resize):
+def test_crop_and_resize(name, resize, device):
     case = CASES[name]
     box = np.array([case["y"], case["x"], case["h"], case["w"]], np.int32)
     size = (case["out_h"], case["out_w"])
-    for found in cropped(stored_image(case["image"]), box, size, resize):
+    for found in cropped(stored_image(case["image"]), box, size, resize, device):
         assert difference(found, STORED[f"{name}/{resize}"]) < 1e-6
 
 
 @pytest.mark.parametrize(("name", "resize"), kernels("eval"))
-def test_evaluation_crop(name, resize):
+def test_evaluation_crop(name, resize, device):
     case = CASES[name]
     image = stored_image(case["image"])
     size = (case["height"], case["width"])
@@ -91,63 +93,70 @@ def test_evaluation_crop(name, resize):
         sizes = np.array([image.shape[:2]], np.int32)
         box = centre_boxes(sizes, 0.875, aspect=size[1] / size[0])[0]
         assert box.tolist() == [case[key] for key in ("off_y", "off_x", "crop_h", "crop_w")]
-    for found in cropped(image, box, size, resize):
+    for found in cropped(image, box, size, resize, device):
         assert difference(found.clip(0, 1), STORED[f"{name}/{resize}"]) < 1e-6
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if re.fullmatch(r"blur\d+", name)])
-def test_blur(name):
+def test_blur(name, device):
     case = CASES[name]
     image = stored_image(case["image"])
-    pixels = channels_first(image if image.dtype != np.uint8 else np.float32(image) / 255)
+    pixels = channels_first(
+        image if image.dtype != np.uint8 else np.float32(image) / 255, device=device
+    )
     radius = case["kernel_size_arg"] // 2
-    found = blur(pixels, torch.tensor([case["sigma"]]), radius=radius)
+    found = blur(pixels, torch.tensor([case["sigma"]], device=device), radius=radius)
     assert difference(found, STORED[name]) < 2e-6
     # An impulse shows the kernel itself.
     side = 2 * radius + 1
-    impulse = torch.zeros(1, 3, side, side, dtype=torch.float64)
+    impulse = torch.zeros(1, 3, side, side, dtype=torch.float64, device=device)
     impulse[..., radius, radius] = 1
-    row = blur(impulse, torch.tensor([case["sigma"]], dtype=torch.float64), radius=radius)[0, 0]
+    sigma = torch.tensor([case["sigma"]], dtype=torch.float64, device=device)
+    row = blur(impulse, sigma, radius=radius)[0, 0]
     expected = STORED[f"{name}_kernel64"]
-    np.testing.assert_allclose(row.numpy(), np.outer(expected, expected), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(row.cpu().numpy(), np.outer(expected, expected), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if re.match(r"color/[a-z]+\d+/", n)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_colour_operation(name, dtype):
+def test_one_colour_operation(name, dtype, device):
     case = CASES[name]
     operation = re.match(r"color/([a-z]+)", name)[1]
-    pixels = channels_first(stored_image(case["image"]), dtype)
-    found = OPERATIONS[operation](pixels, torch.tensor([case["factor"]], dtype=dtype))
+    pixels = channels_first(stored_image(case["image"]), dtype, device)
+    factor = torch.tensor([case["factor"]], dtype=dtype, device=device)
+    found = OPERATIONS[operation](pixels, factor)
     assert difference(found, STORED[name]) < COLOUR_TOLERANCE[operation]
 
 
 @pytest.mark.parametrize("name", [n for n in STORED if n.startswith("color/grayscale/")])
-def test_grey(name):
+def test_grey(name, device):
     image = stored_image(name.rsplit("/", 1)[1])
-    pixels = channels_first(image if image.dtype != np.uint8 else np.float32(image) / 255)
+    pixels = channels_first(
+        image if image.dtype != np.uint8 else np.float32(image) / 255, device=device
+    )
     expected = STORED[name]
     found = grey(pixels).expand(-1, expected.shape[-1], -1, -1)
     assert difference(found, expected) < 2e-6
 
 
 @pytest.mark.parametrize("name", [n for n in STORED if n.startswith("color_degenerate/")])
-def test_degenerate_colours(name):
+def test_degenerate_colours(name, device):
     operation = name.rsplit("/", 1)[1]
     factors = [CASES[n]["factor"] for n in CASES if re.match(rf"color/{operation}\d+/", n)]
     colours = STORED["degenerate"]
     for factor, expected in zip(factors, STORED[name], strict=True):
-        found = OPERATIONS[operation](channels_first(colours), torch.tensor([factor]))
-        off = np.abs(found[0].permute(1, 2, 0).numpy() - expected).max(axis=-1)
+        pixels = channels_first(colours, device=device)
+        found = OPERATIONS[operation](pixels, torch.tensor([factor], device=device))
+        off = np.abs(found[0].permute(1, 2, 0).cpu().numpy() - expected).max(axis=-1)
         if operation == "hue":
             off = off[np.ptp(colours, axis=-1) > 0]
         assert off.max() < COLOUR_TOLERANCE[operation]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if re.fullmatch(r"jitter\d+", name)])
-def test_jitter_sequence(name):
+def test_jitter_sequence(name, device):
     case = CASES[name]
-    pixels = channels_first(stored_image(case["image"]))
+    pixels = channels_first(stored_image(case["image"]), device=device)
     order = np.array([[NAMES.index(operation) for operation, _ in case["sequence"]]], np.uint8)
     factors = np.zeros((1, 4), np.float32)
     for operation, factor in case["sequence"]:

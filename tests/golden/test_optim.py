@@ -90,24 +90,24 @@ def test_lars(lars_values, number, fused):
 
 
 @pytest.mark.parametrize("official", ["momentum", "adam"])
-def test_sgd_and_adam(other_values, official):
+def test_sgd_and_adam(other_values, device, official):
     rate = float(other_values[f"{official}/lr"])
     section = (
         Sgd(kind="sgd", learning_rate=rate, momentum=0.9)
         if official == "momentum"
         else AdamW(kind="adamw", learning_rate=rate)
     )
-    parameter = Parameter(other_values["param0"].clone())
+    parameter = Parameter(other_values["param0"].to(device, copy=True))
     optimizer = build_optimizer(
         section, {"weight": parameter}, kinds={"weight": "kernel"}, learning_rate=rate
     )
     for gradient, expected in zip(
         other_values["grads"], other_values[f"{official}/traj"], strict=True
     ):
-        parameter.grad = gradient.clone()
+        parameter.grad = gradient.to(device, copy=True)
         optimizer.step()
         limit = 1e-5 * float(expected.abs().max())
-        torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=limit)
+        torch.testing.assert_close(parameter.detach().cpu(), expected, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("combination", SCHEDULES)

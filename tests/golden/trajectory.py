@@ -6,7 +6,7 @@ gradient, batch norm and optimizer are ours.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, partial
 
@@ -24,6 +24,8 @@ from bigsimclr.interop.tf_checkpoint import import_checkpoint
 from bigsimclr.interop.tf_names import from_official, official_names
 from bigsimclr.losses import build_loss
 from bigsimclr.models import Architecture, build_model
+from bigsimclr.models.norm import fuse_batch_norm
+from bigsimclr.models.selective import fuse_selective_kernels
 from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
 from bigsimclr.parallel.precision import Precision
@@ -198,12 +200,15 @@ def network(official: Official) -> SimCLR:
     return model
 
 
-def objective_of(official: Official, model: SimCLR) -> Objective:
+def objective_of(
+    official: Official, model: SimCLR, device: torch.device, *, fused: bool
+) -> Objective:
     recipe = recipe_of(official)
     if isinstance(recipe, FinetuneRecipe):
         return Classification(model, frozen=False)
-    loss, width = build_loss(recipe.loss), recipe.head.output_width
-    return Contrast(model, loss, width=width, queue=None, world=ALONE)
+    loss, width = build_loss(recipe.loss, fused=fused), recipe.head.output_width
+    world = replace(ALONE, device=device)
+    return Contrast(model, loss, width=width, queue=None, world=world)
 
 
 def batch_of(official: Official, step: int) -> Batch:
@@ -247,27 +252,42 @@ class Followed:
 
 
 @cache
-def follow(name: str, *, float64: bool | None = None, freezes_head: bool = False) -> Followed:
+def follow(
+    name: str,
+    *,
+    float64: bool | None = None,
+    freezes_head: bool = False,
+    device: torch.device = CPU,
+    bf16: bool = False,
+    fused: bool = False,  # in kernels of Triton
+) -> Followed:
     """Train as the official run did, in its precision unless another is asked for."""
     official = read(name)
     recipe, plan, model = recipe_of(official), plan_of(official), network(official)
     dtype = torch.float64 if official.is_float64 or float64 else torch.float32
-    objective = objective_of(official, model.to(dtype))
+    if fused:
+        fuse_batch_norm(model)
+        fuse_selective_kernels(model)
+    objective = objective_of(official, model.to(dtype), device, fused=fused)
     if freezes_head:
         model.head.requires_grad_(requires_grad=False)
     names = official_names(model)
-    strategy = Single(Precision(CPU, "fp32"))
+    strategy = Single(Precision(device, "bf16" if bf16 else "fp32"))
     kinds = parameter_kind(model)
 
     def make_views(batch: Batch) -> Tensor:
         # float32 first, as the official data pipeline does.
         views = batch.pixels.float() / torch.tensor(255, dtype=torch.float32)
-        return views.flatten(0, 1).to(dtype)
+        return views.flatten(0, 1).to(device, dtype)
 
     strategy.prepare(
         model,
         partial(
-            build_optimizer, recipe.optimizer, kinds=kinds, learning_rate=plan.peak_learning_rate
+            build_optimizer,
+            recipe.optimizer,
+            kinds=kinds,
+            learning_rate=plan.peak_learning_rate,
+            fused=fused,
         ),
     )
     losses: list[dict[str, float]] = []
@@ -293,5 +313,5 @@ def follow(name: str, *, float64: bool | None = None, freezes_head: bool = False
 
 
 def renamed(tensors: dict[str, Tensor], names: dict[str, str]) -> State:
-    """Copies by official name; the model goes on in place."""
-    return {names[n]: tensor.to(torch.float64, copy=True) for n, tensor in tensors.items()}
+    """Copies on the host by official name; the model goes on in place."""
+    return {names[n]: tensor.to(CPU, torch.float64, copy=True) for n, tensor in tensors.items()}
