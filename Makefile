@@ -109,6 +109,12 @@ gpu-proof: ## Golden tests, loss curves, memory and races under the sanitizer, p
 gpu-networks: ## Five networks beside the other loops, time by class of kernels; nine minutes of a GPU
 	@$(GPU_PYTHON) -m benchmarks.gpu_check networks
 
+gpu-sweep: ## Every kernel with other tiles, warps and stages; a few minutes of a GPU
+	@$(GPU_PYTHON) -m benchmarks.gpu_check sweep
+
+gpu-input: ## Decoding by a GPU's hardware, and training fed by it; reads the folder or shards `photographs`
+	@$(GPU_PYTHON) -m benchmarks.gpu_check input
+
 gpu-cifar: ## CIFAR-10 in nine minutes of one GPU: the label-efficiency table; CIFAR10=DIR has the parquet files
 	@$(GPU_PYTHON) -m benchmarks.cifar10 --data $(CIFAR10) --minutes 9 --output benchmarks/results/cifar10.json
 

@@ -5,6 +5,8 @@
 check       the kernels' tests, then the benchmarks of speed; where no part is named
 proof       golden tests and loss curves on the GPU, memory under the sanitizer, plain PyTorch
 networks    the step of five networks beside the other loops, with profiles
+sweep       every kernel with other tiles, warps and stages
+input       a GPU's hardware decoder and the loader, on the folder or shards `photographs`
 
 Needs no environment of its own: it runs in that of the Python that runs it. Each step has a time
 limit, and what fails or takes too long does not stop the next one; at the end the tables are
@@ -101,7 +103,15 @@ NETWORKS: Final = (
     race(150, "r152-1x-sk", 128, *SHORT, "--compile", "blocks", "--profile",
          result="network-r152-1x-sk"),
 )  # fmt: skip
-PARTS: Final = {"check": CHECK, "proof": PROOF, "networks": NETWORKS}
+SWEEP: Final = (benchmark(300, "sweep", "--rounds", "10"),)
+INPUT: Final = (benchmark(300, "input", "--data", "photographs", "--workers", "8", "16"),)
+PARTS: Final = {
+    "check": CHECK,
+    "proof": PROOF,
+    "networks": NETWORKS,
+    "sweep": SWEEP,
+    "input": INPUT,
+}
 
 
 @dataclass(frozen=True)

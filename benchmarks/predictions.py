@@ -163,12 +163,12 @@ def step_rate(name: str) -> Predict:
     return lambda results: _limit(allowed(results, name, "fused_elementwise"))
 
 
-def step_over_strong(name: str, *, compiled: bool) -> Predict:
+def step_over_strong(name: str) -> Predict:
     """The floors' ratio: eager over fused; a compiler may fuse all of it or nothing."""
 
     def predict(results: Results) -> Prediction:
         ratio = allowed(results, name, "fused_elementwise") / allowed(results, name, "eager")
-        return Prediction(1.0 if compiled else ratio, ratio)
+        return Prediction(1.0, ratio)
 
     return predict
 

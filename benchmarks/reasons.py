@@ -120,7 +120,7 @@ def _step(results: Results) -> list[str]:
     computed = (
         "Predicted images/s are the op-roofline with fused elementwise work, a limit. Over the "
         "strong baseline we can win what a compiler leaves unfused: from nothing to eager over "
-        "fused. That of R152-3x SK is not compiled, because compiling takes minutes. Memory is "
+        "fused. That of R152-3x SK is compiled block by block, as a whole takes minutes. Memory is "
         f"what the backward pass needs, and {predicted.STATE_BYTES} bytes a parameter: "
         f"{number(fits)} GB for 64 images of R152-3x SK; 128 would need {number(does_not)}, so "
         "they must recompute. Loss, views, LARS and launches are in no floor."

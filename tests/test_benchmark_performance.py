@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import predictions as predicted, render
-from benchmarks.gpu_check import STEPS
+from benchmarks.gpu_check import CHECK
 from benchmarks.markdown import number
 from benchmarks.performance import PAGE, TARGETS, page, plot, results_in, shares
 from benchmarks.render import RESULTS
@@ -313,7 +313,7 @@ def test_every_target_of_a_gpu_has_a_finder_that_finds(tmp_path: Path) -> None:
 
 
 def test_finders_look_into_files_that_gpu_check_writes(tmp_path: Path) -> None:
-    written = {Path(word).stem for step in STEPS for word in step.words if word.endswith(".json")}
+    written = {Path(word).stem for step in CHECK for word in step.words if word.endswith(".json")}
     results = results_in(_everything(tmp_path))
     files = {name for target in GPU if (f := target.find(results)) for name in f.files}
     assert files <= written
