@@ -82,7 +82,10 @@ def tap_table(longest: int, size: int, resize: Resize) -> npt.NDArray[np.float32
     index = (begin - first)[..., None] + np.arange(4)
     kept = np.take_along_axis(weight, np.clip(index, 0, 3), axis=-1)
     kept = np.where((index >= 0) & (index < 4), kept, np.float32(0))
-    return np.concatenate([begin[:, None].astype(np.float32), kept.transpose(0, 2, 1)], axis=1)
+    table = np.empty((longest, 5, size), np.float32)
+    table[:, 0] = begin
+    table[:, 1:] = kept.transpose(0, 2, 1)
+    return table
 
 
 @lru_cache

@@ -105,7 +105,10 @@ def crop(
         raise ValueError(
             f"places must be int32 [V,{images},5]; got {places.dtype} {list(places.shape)}"
         )
-    for name, table, extent in (("down", down, pixels.shape[2]), ("across", across, pixels.shape[3])):
+    for name, table, extent in (
+        ("down", down, pixels.shape[2]),
+        ("across", across, pixels.shape[3]),
+    ):
         if table.ndim != 3 or table.shape[:2] != (extent, 5) or table.dtype != torch.float32:
             raise ValueError(
                 f"{name} must be float32 [{extent},5,size]; got {table.dtype} {list(table.shape)}"
@@ -138,10 +141,7 @@ def crop(
 
 @triton.jit
 def _pixel(where, distance: tl.constexpr, width, NARROW: tl.constexpr):
-    if NARROW:
-        pixel = tl.load(where, mask=distance < width, other=0)
-    else:
-        pixel = tl.load(where)
+    pixel = tl.load(where, mask=distance < width, other=0) if NARROW else tl.load(where)
     if pixel.dtype == tl.uint8:
         # As the last digits of 2^23 it is a float already: GPUs have few units that convert.
         return (pixel.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
