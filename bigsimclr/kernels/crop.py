@@ -176,6 +176,59 @@ def _look_up(table, position, SIZE: tl.constexpr):
     )
 
 
+@triton.jit
+def _make_rows(
+    pixels,
+    row_stride,
+    channel_stride,
+    height,
+    width,
+    weights,
+    down,
+    found,
+    is_column,
+    begin,
+    end,
+    COLUMN_STRIDE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NARROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    # Rows of pixels are read from top to bottom, each once, and become rows of the view's columns,
+    # of which the last four are kept: those that a row of the view is mixed from.
+    # Each its own zeros: Triton takes for one what begins as one.
+    red0, red1 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    red2, red3 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    green0, green1 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    green2, green3 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    blue0, blue1 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    blue2, blue3 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    reached = tl.zeros([], tl.int32)
+    for row in range(begin, end):
+        top, shares = _look_up(down, row, HEIGHT)
+        reached = tl.maximum(reached, top)
+        # No `for`: Triton 3.6 and 3.7 drop a value that an inner loop has in its bounds alone.
+        while reached < top + 4:
+            # A crop of less than four rows ends here; what follows has no weight.
+            line = pixels + tl.minimum(reached, height - 1).to(tl.int64) * row_stride
+            red0, red1, red2 = red1, red2, red3
+            green0, green1, green2 = green1, green2, green3
+            blue0, blue1, blue2 = blue1, blue2, blue3
+            red3 = _read(line, weights, width, COLUMN_STRIDE, NARROW)
+            line += channel_stride
+            green3 = _read(line, weights, width, COLUMN_STRIDE, NARROW)
+            line += channel_stride
+            blue3 = _read(line, weights, width, COLUMN_STRIDE, NARROW)
+            reached += 1
+        target = found + row * WIDTH
+        tl.store(target, _mix(red0, red1, red2, red3, shares), mask=is_column)
+        target += HEIGHT * WIDTH
+        tl.store(target, _mix(green0, green1, green2, green3, shares), mask=is_column)
+        target += HEIGHT * WIDTH
+        tl.store(target, _mix(blue0, blue1, blue2, blue3, shares), mask=is_column)
+
+
 # The last batch of an evaluation has its own number of images, and needs no build of its own.
 @triton.jit(do_not_specialize=["images"])
 def _crop(
@@ -196,10 +249,8 @@ def _crop(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    # One program for a tile of a view. Rows of pixels are read from top to bottom, each once, and
-    # become rows of the view's columns, of which the last four are kept: those that a row of the
-    # view is mixed from. All views of an image are made at about the same time, so that its
-    # pixels come from memory once.
+    # One program for a tile of a view. All views of an image are made at about the same time, so
+    # that its pixels come from memory once.
     ACROSS: tl.constexpr = tl.cdiv(WIDTH, COLUMNS)
     TILES: tl.constexpr = tl.cdiv(HEIGHT, ROWS) * ACROSS
     number = tl.program_id(0) // TILES
@@ -207,53 +258,33 @@ def _crop(
     image = (number // views).to(tl.int64)
     view = (number % views) * images + image
     place = places + view * _PLACE
-    y = tl.load(place)
-    x = tl.load(place + 1)
-    height = tl.load(place + 2)
-    width = tl.load(place + 3)
-    is_flipped = tl.load(place + 4)
+    y, x = tl.load(place), tl.load(place + 1)
+    height, width = tl.load(place + 2), tl.load(place + 3)
 
     column = tile % ACROSS * COLUMNS + tl.arange(0, COLUMNS)
-    is_column = column < WIDTH
     # Past the end the last column is made again. A mirrored view takes them from the right.
     source = tl.minimum(column, WIDTH - 1)
-    source += is_flipped * (WIDTH - 1 - 2 * source)
+    source += tl.load(place + 4) * (WIDTH - 1 - 2 * source)
     left, weights = _look_up(across + (width - 1) * (_TABLE * WIDTH), source, WIDTH)
     if pixels.dtype.element_ty == tl.uint8:
         weights = weights[0] / 255, weights[1] / 255, weights[2] / 255, weights[3] / 255
-    pixels += image * image_stride + (x + left) * COLUMN_STRIDE
-    down += (height - 1) * (_TABLE * HEIGHT)
-    found += view * (3 * HEIGHT * WIDTH) + column
-
-    # Each its own zeros: Triton takes for one what begins as one.
-    red0, red1 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-    red2, red3 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-    green0, green1 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-    green2, green3 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-    blue0, blue1 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-    blue2, blue3 = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
     begin = tile // ACROSS * ROWS
-    reached = tl.zeros([], tl.int32)
-    for row in range(begin, tl.minimum(begin + ROWS, HEIGHT)):
-        top, shares = _look_up(down, row, HEIGHT)
-        reached = tl.maximum(reached, top)
-        # No `for`: Triton 3.6 and 3.7 drop a value that an inner loop has in its bounds alone.
-        while reached < top + 4:
-            # A crop of less than four rows ends here; what follows has no weight.
-            line = y + tl.minimum(reached, height - 1)
-            line = pixels + line.to(tl.int64) * row_stride
-            red0, red1, red2 = red1, red2, red3
-            green0, green1, green2 = green1, green2, green3
-            blue0, blue1, blue2 = blue1, blue2, blue3
-            red3 = _read(line, weights, width, COLUMN_STRIDE, NARROW)
-            line += channel_stride
-            green3 = _read(line, weights, width, COLUMN_STRIDE, NARROW)
-            line += channel_stride
-            blue3 = _read(line, weights, width, COLUMN_STRIDE, NARROW)
-            reached += 1
-        target = found + row * WIDTH
-        tl.store(target, _mix(red0, red1, red2, red3, shares), mask=is_column)
-        target += HEIGHT * WIDTH
-        tl.store(target, _mix(green0, green1, green2, green3, shares), mask=is_column)
-        target += HEIGHT * WIDTH
-        tl.store(target, _mix(blue0, blue1, blue2, blue3, shares), mask=is_column)
+    pixels += image * image_stride + y.to(tl.int64) * row_stride + (x + left) * COLUMN_STRIDE
+    _make_rows(
+        pixels,
+        row_stride,
+        channel_stride,
+        height,
+        width,
+        weights,
+        down + (height - 1) * (_TABLE * HEIGHT),
+        found + view * (3 * HEIGHT * WIDTH) + column,
+        column < WIDTH,
+        begin,
+        tl.minimum(begin + ROWS, HEIGHT),
+        COLUMN_STRIDE,
+        HEIGHT,
+        WIDTH,
+        NARROW,
+        COLUMNS,
+    )
