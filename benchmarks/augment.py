@@ -2,11 +2,12 @@
 
     python -m benchmarks.augment -o benchmarks/results/augment.json
 
-Every method starts from one uint8 batch [B,3,224,224] on the device and ends with 2B float32 views
-[2B,3,224,224] in channels_last: random crop, flip, colour jitter, grey, blur.
+Every method starts from one uint8 batch [B,3,S,S] on the device, of 224 pixels or as --side says,
+and ends with 2B float32 views [2B,3,224,224] in channels_last: random crop, flip, colour jitter,
+grey, blur.
 
     plain       `make_views`: batched PyTorch, every image with its own order of colour operations
-    fused       the same with its two kernels after the crop; on a GPU only, as is the next
+    fused       the same in three kernels; on a GPU only, as is all that is fused
     fused bf16  the same, written as bfloat16
     per image   one view after another by PyTorch calls on one image, as a loader's transforms do
     batched     every operation on the whole batch and kept where it was drawn, all images in one
@@ -14,12 +15,14 @@ Every method starts from one uint8 batch [B,3,224,224] on the device and ends wi
     kornia      kornia's own modules, if it is installed (no dependency, and it needs no
                 torchvision); it draws its random numbers, the others are given theirs
     draw        drawing every decision on the host, which none of the others counts but kornia
-    crop        the crop alone, which plain and fused share
+    crop        the plain crop alone, flip included
+    fused crop  its kernel
 
 Per image and batched call the operations of `bigsimclr.augment.colour`, which are leaner than
 those of torchvision or kornia. Before anything is measured their colours and blur are compared
-with the plain ones in float64; what resamples their crops is PyTorch's own bicubic, which is not
-TensorFlow's, and kornia's definitions differ in more, so these are compared in time alone.
+with the plain ones in float64, and so are both crops; what resamples those of the others is
+PyTorch's own bicubic, which is not TensorFlow's, and kornia's definitions differ in more, so these
+are compared in time alone.
 
 Every round runs every method once, in turns, so that a busy moment of the machine meets all of
 them. The median of the rounds counts; the spread is that between the quartiles over the median.
@@ -65,13 +68,14 @@ TOLERANCE: Final = 1e-5
 Method = Callable[[], object]
 
 
-def draw(images: int) -> Draws:
+def draw(images: int, side: int) -> Draws:
+    """Draw two views of images of a side in pixels."""
     return draw_views(
         SETTINGS,
         seed=0,
         epochs=np.zeros(images, np.int64),
         indices=np.arange(images),
-        sizes=np.full((images, 2), SIZE, np.int32),
+        sizes=np.full((images, 2), side, np.int32),
     )
 
 
@@ -113,7 +117,8 @@ def one_after_another(pixels: Tensor, draws: Draws) -> Tensor:
 
 
 def crop_all(pixels: Tensor, draws: Draws) -> Tensor:
-    boxes = torch.from_numpy(draws.boxes.reshape(-1, 4)).to(pixels.device).float() / SIZE
+    boxes = torch.from_numpy(draws.boxes.reshape(-1, 4)).to(pixels.device).float()
+    boxes /= pixels.shape[-1]
     theta = boxes.new_zeros(len(boxes), 2, 3)
     for axis, (start, length) in enumerate(((1, 3), (0, 2))):
         theta[:, axis, axis] = boxes[:, length]
@@ -180,16 +185,21 @@ def methods(pixels: Tensor, draws: Draws) -> dict[str, Method]:
     found["batched"] = lambda: all_at_once(pixels, draws)
     if importlib.util.find_spec("kornia") is not None:
         found["kornia"] = by_kornia(pixels)
-    found["draw"] = lambda: draw(draws.images)
-    found["crop"] = lambda: crop_resize(
-        pixels, draws.boxes, (SIZE, SIZE), SETTINGS.resize, flip=draws.flip
-    )
+    found["draw"] = lambda: draw(draws.images, pixels.shape[-1])
+    found["crop"] = lambda: crops_of(pixels, draws)
+    if device.type == "cuda":
+        found["fused crop"] = lambda: crops_of(pixels, draws, fused=True)
     return found
 
 
+def crops_of(pixels: Tensor, draws: Draws, *, fused: bool = False) -> Tensor:
+    size = (SIZE, SIZE)
+    return crop_resize(pixels, draws.boxes, size, SETTINGS.resize, flip=draws.flip, fused=fused)
+
+
 def errors(device: torch.device) -> dict[str, float]:
-    """Compare colours and blur of every method, on equal crops, with the plain ones in float64."""
-    draws = draw(4)
+    """Compare crops, and colours and blur on equal crops, with the plain ones in float64."""
+    draws = draw(4, SIZE)
     generator = torch.Generator().manual_seed(1)
     crops = torch.rand(2, 4, 3, SIZE, SIZE, generator=generator).to(device)
     one_order = replace(draws, order=np.broadcast_to(draws.order[:1, :1], draws.order.shape))
@@ -207,9 +217,14 @@ def errors(device: torch.device) -> dict[str, float]:
         - reference(draws),
         "batched": distort_all(crops.flatten(0, 1), one_order) - reference(one_order),
     }
+    bytes_ = torch.randint(256, (4, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    pixels = bytes_.to(device)
+    cropped = crops_of(pixels.double() / 255, draws)
+    found["crop"] = crops_of(pixels, draws) - cropped
     if device.type == "cuda":
         views = make_views(crops, draws, SETTINGS, device=device, fused=True)
         found["fused"] = views - reference(draws)
+        found["fused crop"] = crops_of(pixels, draws, fused=True) - cropped
     largest = {method: float(difference.abs().max()) for method, difference in found.items()}
     wrong = {method: error for method, error in largest.items() if not error < TOLERANCE}
     assert not wrong, f"they compute something else: {wrong}"
@@ -227,13 +242,13 @@ def seconds_of(method: Method, device: torch.device, calls: int) -> float:
 
 
 def measure(
-    images: int, *, device: torch.device, rounds: int, calls: int
+    images: int, *, side: int, device: torch.device, rounds: int, calls: int
 ) -> list[dict[str, object]]:
     """Measure all methods and print the table."""
     generator = np.random.default_rng(0)
-    decoded = generator.integers(0, 256, (images, 3, SIZE, SIZE), dtype=np.uint8)
+    decoded = generator.integers(0, 256, (images, 3, side, side), dtype=np.uint8)
     pixels = torch.from_numpy(decoded).to(device)
-    compared = methods(pixels, draw(images))
+    compared = methods(pixels, draw(images, side))
     for method in compared.values():
         seconds_of(method, device, 1)
     taken: dict[str, list[float]] = {name: [] for name in compared}
@@ -266,6 +281,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--images", type=int, default=256 if has_gpu else 8)
+    parser.add_argument("--side", type=int, default=SIZE, help="of the decoded images, in pixels")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=3 if has_gpu else 1, help="in a round")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU")
@@ -286,6 +302,7 @@ def main() -> None:
         "machine": facts,
         "settings": {
             "image_size": SIZE,
+            "side": options.side,
             "images": options.images,
             "views": 2,
             "rounds": options.rounds,
@@ -294,7 +311,11 @@ def main() -> None:
         },
         "largest_differences_from_float64": errors(device),
         "results": measure(
-            options.images, device=device, rounds=options.rounds, calls=options.calls
+            options.images,
+            side=options.side,
+            device=device,
+            rounds=options.rounds,
+            calls=options.calls,
         ),
     }
     if options.output is not None:

@@ -212,13 +212,24 @@ def test_parameters_are_those_of_a_model_with_its_head() -> None:
     assert _predicted(predicted.lars_time("r50-1x")).low == pytest.approx(count * 28 / 3e9)
 
 
-def test_a_crop_multiplies_as_much_as_predicted() -> None:
+def test_the_plain_crop_multiplies_as_much_as_predicted() -> None:
     pixels = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
     boxes = np.broadcast_to(np.array([0, 0, 224, 224], dtype=np.int32), (2, 2, 4))
     with FlopCounterMode(display=False) as counter:
         crop_resize(pixels, boxes, (224, 224), "tf2")
     views = 4
-    assert predicted.crop_seconds() == counter.get_total_flops() / views / 67e12
+    assert predicted.dense_crop_seconds() == counter.get_total_flops() / views / 67e12
+
+
+def test_a_view_takes_the_bytes_of_its_kernels() -> None:
+    values = 3 * 224 * 224
+    crop = values / 2 + 4 * values  # bytes of an image for two views, float32 of each
+    colours = 1.8 * 4 * values + (4 + 2) / 2 * values  # read; float32 if blurred, else bf16
+    blur = (4 + 4 + 4 + 2) / 2 * values
+    assert predicted.crop_seconds(RESULTS_NOW) == pytest.approx(crop / 3e12)
+    found = _predicted(predicted.views_time)
+    assert found.low == found.high == pytest.approx(1e6 * (crop + colours + blur) / 3e12)
+    assert predicted.crop_seconds(RESULTS_NOW) < predicted.dense_crop_seconds() / 8
 
 
 def test_floors_are_those_of_the_counted_networks() -> None:

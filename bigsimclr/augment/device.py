@@ -1,5 +1,7 @@
 """Views from pixels, in batches on the device: crop, flip, colours, grey, blur."""
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.colour import grey, jitter_, on_device
 from bigsimclr.augment.draws import Draws
-from bigsimclr.augment.resize import Resize, taps
+from bigsimclr.augment.resize import Resize, tap_table, taps
 
 
 @torch.no_grad()
@@ -35,8 +37,8 @@ def make_views(
         draws: The decisions for V views of B images.
         settings: How views are made.
         device: Where to compute.
-        fused: All that follows the crop in two kernels, which Triton must be able to run here;
-            float64 pixels take the plain path.
+        fused: All of it in three kernels, which Triton must be able to run here; float64 pixels
+            take the plain path.
         dtype: What the views are rounded to; None: the type they are computed in.
 
     Returns:
@@ -58,6 +60,7 @@ def crop_resize(
     resize: Resize,
     *,
     flip: npt.NDArray[np.bool_] | None = None,
+    fused: bool = False,
 ) -> Tensor:
     """Crop and resize a batch of equally large images, several crops of each.
 
@@ -67,10 +70,14 @@ def crop_resize(
         size: Height and width of the output in pixels.
         resize: Which kernel.
         flip: bool [V,B], crops to be mirrored left to right; None: none.
+        fused: In one kernel, which Triton must be able to run here; float64 pixels take the plain
+            path.
 
     Returns:
         [V*B,3,H,W], view-major, not clipped; float32, or float64 for float64 pixels.
     """
+    if fused and pixels.dtype != torch.float64:
+        return _fused_crops(pixels, boxes, size, resize, flip=flip).flatten(0, 1)
     return _crops(pixels, boxes, size, resize, flip=flip).flatten(0, 1)
 
 
@@ -125,6 +132,33 @@ def _crops(
     return views_.view(images, views, height, 3, width).permute(1, 0, 3, 2, 4)
 
 
+def _fused_crops(
+    pixels: Tensor,
+    boxes: npt.NDArray[np.int32],
+    size: tuple[int, int],
+    resize: Resize,
+    *,
+    flip: npt.NDArray[np.bool_] | None,
+) -> Tensor:
+    # -> [V,B,3,H,W], contiguous.
+    from bigsimclr.kernels.crop import crop, pack
+
+    extent = (pixels.shape[2], pixels.shape[3])
+    places = pack(boxes, flip=flip, extent=extent)
+    down, across = (
+        _tap_table(longest, side, resize, pixels.device)
+        for longest, side in zip(extent, size, strict=True)
+    )
+    narrow = bool((boxes[..., 3] < 4).any())
+    return crop(pixels, on_device(places, pixels), down=down, across=across, narrow=narrow)
+
+
+# 1 to 2 MB for images of 224 to 512 pixels; a run has few sizes.
+@lru_cache(maxsize=8)
+def _tap_table(longest: int, size: int, resize: Resize, device: torch.device) -> Tensor:
+    return torch.from_numpy(tap_table(longest, size, resize)).to(device)
+
+
 def _fused_views(
     pixels: Tensor, draws: Draws, settings: ViewSettings, dtype: torch.dtype
 ) -> Tensor:
@@ -133,7 +167,7 @@ def _fused_views(
     flip = draws.flip
     if pixels.ndim == 4:
         size = (settings.image_size, settings.image_size)
-        pixels = _crops(pixels, draws.boxes, size, settings.resize, flip=flip)
+        pixels = _fused_crops(pixels, draws.boxes, size, settings.resize, flip=flip)
         flip = np.zeros_like(flip)
     decisions = pack(
         flip=flip,

@@ -62,6 +62,32 @@ def taps(
     return first, kept
 
 
+def tap_table(longest: int, size: int, resize: Resize) -> npt.NDArray[np.float32]:
+    """Tabulate the taps of all crops along one axis, as `bigsimclr.kernels.crop` reads them.
+
+    Args:
+        longest: Length of the longest crop in pixels.
+        size: Length of the output in pixels.
+        resize: Which kernel.
+
+    Returns:
+        float32 [longest,5,size]: for each length from 1 on the position of the first tap in the
+        crop, and the weights of the four neighbours from there. They are those of `taps`, moved
+        along until all four lie in the crop, or begin with it if it is shorter.
+    """
+    lengths = np.arange(1, longest + 1)
+    first, weight = taps(lengths, size, resize)
+    begin = np.clip(first, 0, np.maximum(lengths[:, None] - 4, 0))
+    # What is outside weighs nothing, so whatever is moved over an end may be dropped.
+    index = (begin - first)[..., None] + np.arange(4)
+    kept = np.take_along_axis(weight, np.clip(index, 0, 3), axis=-1)
+    kept = np.where((index >= 0) & (index < 4), kept, np.float32(0))
+    table = np.empty((longest, 5, size), np.float32)
+    table[:, 0] = begin
+    table[:, 1:] = kept.transpose(0, 2, 1)
+    return table
+
+
 @lru_cache
 def _kernel(a: float) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     # float32 [1025] each: the cubic kernel at distances 0..1 and 1..2.

@@ -149,7 +149,7 @@ def test_blur_alone(height: int, width: int, radius: int) -> None:
     assert_same(crops, draws, radius=radius)
 
 
-@pytest.mark.parametrize("size", [8, 17, 32, 45])
+@pytest.mark.parametrize("size", [8, 17, 32, pytest.param(45, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("resize", ["tf2", "tf1"])
 def test_views_from_pixels(size: int, resize: str) -> None:
     settings = ViewSettings(
