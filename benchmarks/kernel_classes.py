@@ -35,10 +35,10 @@ OURS: Final[dict[str, KernelClass]] = {
         ("measure", "merge", "apply", "reduce", "differentiate"),
         "normalisation",
     ),
-    **dict.fromkeys(("_pool", "_mix", "_mix_backward", "_pool_backward"), "selection"),
+    **dict.fromkeys(("pool", "mix", "mix_backward", "pool_backward"), "selection"),
     **dict.fromkeys(("normalise", "add_up", "collect", "finish", "slope"), "loss"),
     **dict.fromkeys(("square", "scale", "move"), "optimizer"),
-    **dict.fromkeys(("_colour", "_soften"), "augmentation"),
+    **dict.fromkeys(("_crop", "_colour", "_soften"), "augmentation"),
 }
 """The kernels that `bigsimclr.kernels` launches, by their whole names."""
 

@@ -209,7 +209,9 @@ def test_logs(cluster: Path, tmp_path: Path) -> None:
     (tmp_path / "a" / "slurm" / "log").write_text("one\ntwo")
     assert invoke("logs", "a").stdout == "one\ntwo"
     assert invoke("logs", "-f", "a").stdout == "one\ntwo"  # its job has left the queue
-    refused(invoke("logs", "nowhere"), 2, "nowhere has no jobs")
+    refused(invoke("logs", "nowhere"), 2, "nowhere is no folder")
+    (tmp_path / "b").mkdir()
+    refused(invoke("logs", "b"), 2, "b has no jobs")
 
 
 def test_srun_outside_of_a_job() -> None:
