@@ -18,6 +18,8 @@ from tests.interop.official import same_bits
 
 pytestmark = [pytest.mark.golden, pytest.mark.slow]
 
+CPU = torch.device("cpu")
+
 # The command line where TensorFlow cannot be imported, and the network it wrote.
 WITHOUT_TENSORFLOW = """
 import sys
@@ -70,9 +72,9 @@ def test_evaluation_outputs(case: Case, imported: dict[str, Path]) -> None:
     for form, file in imported.items():
         model = bsc.load_model(file)
         assert not model.training
-        ours = run(model, case.images(torch.float32))
+        ours = run(model, case.images(torch.float32, CPU))
         assert case.too_far(ours, "eval/", case.tolerance("eval")) == {}, form
-        ours = run(model.double(), case.images(torch.float64))
+        ours = run(model.double(), case.images(torch.float64, CPU))
         assert case.too_far(ours, "eval64/", FLOAT64_TOLERANCE) == {}, form
 
 
@@ -123,7 +125,7 @@ def test_every_way_to_name_a_checkpoint(case: Case, tmp_path: Path) -> None:
 def test_the_command_works_without_tensorflow(tmp_path: Path) -> None:
     case = min(map(read_case, CASES), key=lambda case: len(case.info["variables"]))
     (form, path), *_ = checkpoints(case.directory, tmp_path).items()
-    np.save(tmp_path / "images.npy", case.images(torch.float32).numpy())
+    np.save(tmp_path / "images.npy", case.images(torch.float32, CPU).numpy())
     arguments = [path, tmp_path / "network.safetensors", tmp_path / "logits.npy"]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TENSORFLOW, *arguments, tmp_path / "images.npy"],
