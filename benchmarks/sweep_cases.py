@@ -228,9 +228,7 @@ def views(device: torch.device, images: int, size: int) -> Callable[[distort.Til
     )
     packed = torch.from_numpy(np.ascontiguousarray(decisions)).to(device)
     generator = torch.Generator(device).manual_seed(0)
-    # In memory as crops are: [B, V, H, 3, W].
-    crops = torch.rand(images, 2, size, 3, size, generator=generator, device=device)
-    crops = crops.permute(1, 0, 3, 2, 4)
+    crops = torch.rand(2, images, 3, size, size, generator=generator, device=device)
     kind = number_type(device)
 
     def given(tiles: distort.Tiles) -> Work:

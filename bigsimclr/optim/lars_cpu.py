@@ -19,8 +19,8 @@ Piece = tuple[Tensor, Tensor, Tensor]
 ELEMENTS: Final = 2**17
 # dot sums in the type of its factors, for which anything below float32 is too coarse.
 TYPES: Final = frozenset({torch.float32, torch.float64})
-# Where the parts of a decayed gradient cancel to a tenth of its length, the square of which the
-# rounding of the products is 100 times more, it is summed from its values.
+# Gradient and decay may cancel. Where less than this share of their squares is left, rounding of
+# the three products shows in it, and the sum is taken from the decayed gradient itself.
 _CANCELLED: Final = 1e-2
 
 
