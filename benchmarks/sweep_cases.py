@@ -216,7 +216,7 @@ def update_case() -> Case:
 
 def views(device: torch.device, images: int, size: int) -> Callable[[distort.Tiles], Work]:
     """Return both launches on two views of some images."""
-    draws = draw(images)
+    draws = draw(images, size)
     decisions = distort.pack(
         flip=draws.flip,
         jitter=draws.jitter,
