@@ -19,6 +19,9 @@ Piece = tuple[Tensor, Tensor, Tensor]
 ELEMENTS: Final = 2**17
 # dot sums in the type of its factors, for which anything below float32 is too coarse.
 TYPES: Final = frozenset({torch.float32, torch.float64})
+# Norms of weights of up to so many elements are taken in float64, at hardly any cost. In several
+# pieces of larger ones rounding averages out; in one dot product all of it is the ratio's.
+_SMALL: Final = 2**16
 # Gradient and decay may cancel. Where less than this share of their squares is left, rounding of
 # the three products shows in it, and the sum is taken from the decayed gradient itself.
 _CANCELLED: Final = 1e-2
@@ -35,6 +38,10 @@ def trust_ratio(pieces: Sequence[Piece], weight_decay: float, trust_coefficient:
     Returns:
         1 where either norm is 0 or not a number.
     """
+    if sum(len(weight) for weight, _, _ in pieces) <= _SMALL:
+        pieces = [
+            (weight.double(), gradient.double(), buffer) for weight, gradient, buffer in pieces
+        ]
     mixed = weights = gradients = 0.0
     for weight, gradient, _ in pieces:
         mixed += float(torch.dot(weight, gradient))

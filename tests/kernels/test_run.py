@@ -66,7 +66,11 @@ def test_supervised_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         for name in ("plain", "triton")
     )
     assert fused == pytest.approx(plain, rel=1e-4)
-    assert fused != plain
+    # Losses may round alike; all of the weights do not where other code has run.
+    ends = [newest(tmp_path / name) for name in ("plain", "triton")]
+    assert_close(ends[1], ends[0], 1e-5, ("model",))
+    plain_weight, fused_weight = (end.tensors["model"]["backbone.conv1.weight"] for end in ends)
+    assert not torch.equal(fused_weight, plain_weight)
 
 
 def train_on(world: World, folder: Path, name: str, *overrides: str) -> None:
