@@ -89,56 +89,56 @@ def loss(
 
 
 def loss_cases() -> Iterator[Case]:
-    # Side, warps, stages, stripe; symmetric, the tiles of the sums are square.
+    # Side, warps, stages, programs of a launch; symmetric, the tiles of the sums are square.
     of_sums = {
-        "bf16": [(128, 8, 3, 8), (128, 8, 2, 8), (128, 8, 4, 8), (128, 4, 3, 8), (64, 4, 3, 8),
-                 (64, 8, 3, 8), (128, 8, 3, 4), (128, 8, 3, 15)],
-        "fp32": [(64, 4, 2, 8), (64, 4, 3, 8), (64, 8, 2, 8), (128, 8, 1, 8), (128, 8, 2, 8),
-                 (64, 4, 2, 4), (64, 4, 2, 15)],
+        "bf16": [(128, 4, 2, 264), (128, 4, 3, 132), (128, 8, 2, 264), (128, 8, 3, 132),
+                 (128, 4, 2, 528), (64, 4, 3, 396), (64, 4, 2, 528)],
+        "fp32": [(64, 4, 2, 264), (64, 4, 1, 396), (64, 4, 2, 528), (128, 8, 1, 132),
+                 (128, 8, 2, 132)],
     }  # fmt: skip
-    # Rows, columns, warps, stages.
+    # Rows, columns, warps, stages, programs of a launch.
     of_slope = {
-        ("bf16", "many"): [(64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 3), (64, 32, 4, 3),
-                           (64, 32, 8, 3), (64, 128, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2),
-                           (128, 64, 16, 2)],
-        ("bf16", "few"): [(16, 64, 4, 2), (16, 64, 4, 3), (16, 128, 4, 2), (32, 64, 4, 2),
-                          (32, 128, 4, 2), (64, 64, 8, 2)],
-        ("fp32", "many"): [(64, 32, 8, 2), (64, 32, 4, 1), (64, 32, 8, 1), (64, 32, 8, 3),
-                           (64, 64, 8, 1), (128, 32, 8, 2), (128, 32, 16, 2)],
-        ("fp32", "few"): [(16, 32, 4, 2), (16, 32, 4, 3), (16, 64, 4, 2), (32, 32, 4, 2)],
+        "bf16": [(64, 64, 4, 2, 396), (64, 64, 4, 3, 396), (64, 64, 4, 2, 264), (64, 64, 4, 2, 528),
+                 (64, 128, 4, 2, 264), (128, 64, 8, 2, 132), (128, 64, 8, 3, 132),
+                 (64, 32, 4, 3, 396)],
+        "fp32": [(64, 32, 4, 2, 396), (64, 32, 4, 1, 396), (64, 32, 4, 3, 264), (64, 64, 4, 1, 264),
+                 (64, 64, 4, 2, 264), (128, 32, 8, 2, 132)],
     }  # fmt: skip
-    sizes = {"many": (8192, 65536), "few": (512, 4096)}
+    sizes = {f"{views} views": (views,) for views in (512, 8192, 65536)}
     for grade, found in of_sums.items():
         split = grade == "fp32"
+        slope = nt_xent.slope_tiles(WIDTH, split=split)
         every = []
-        for *sides, stripe in found:
-            tiles = nt_xent.Tiles(sides[0], *sides)
-            slope = nt_xent.slope_tiles(WIDTH, nt_xent.SMALL, split=split)
+        for side, warps, stages, programs in found:
+            tiles = nt_xent.Tiles(side, side, warps, stages)
             build = nt_xent_builds.sums(WIDTH, split=split, tiles=tiles)
-            facts = {**asdict(tiles), "stripe": stripe}
-            every.append(Candidate(nt_xent.Cut(tiles, slope, stripe), facts, (("nt_xent", build),)))
+            cut = nt_xent.Cut(tiles, slope, summing=programs)
+            facts = {**asdict(tiles), "programs": programs}
+            every.append(Candidate(cut, facts, (("nt_xent", build),)))
         yield Case(
             "nt_xent sums",
             grade,
             tuple(every),
             partial(loss, grade=grade, backward=False),
-            {f"{views} views": (views,) for views in sizes["many"]},
+            sizes,
             2e-6 if split else 1e-4,
         )
-    for (grade, rows), found in of_slope.items():
+    for grade, found in of_slope.items():
         split = grade == "fp32"
+        sums = nt_xent.sum_tiles(WIDTH, split=split, hopper=True)
         every = []
-        for sides in found:
+        for *sides, programs in found:
             tiles = nt_xent.Tiles(*sides)
             build = nt_xent_builds.slope(WIDTH, split=split, tiles=tiles)
-            cut = nt_xent.Cut(nt_xent.sum_tiles(WIDTH, split=split), tiles)
-            every.append(Candidate(cut, asdict(tiles), (("nt_xent", build),)))
+            cut = nt_xent.Cut(sums, tiles, sloping=programs)
+            facts = {**asdict(tiles), "programs": programs}
+            every.append(Candidate(cut, facts, (("nt_xent", build),)))
         yield Case(
             "nt_xent slope",
-            f"{grade}, {rows} rows",
+            grade,
             tuple(every),
             partial(loss, grade=grade, backward=True),
-            {f"{views} views": (views,) for views in sizes[rows]},
+            sizes,
             1e-5 if split else 2e-3,
         )
 

@@ -21,18 +21,21 @@ from torch.autograd.function import FunctionCtx
 from typing_extensions import override
 
 from bigsimclr.kernels import WIDEST_PROJECTION, is_interpreted
-from bigsimclr.kernels.nt_xent_slope import slope
+from bigsimclr.kernels.nt_xent_slope import leave_unit_sphere, slope
 from bigsimclr.kernels.nt_xent_sums import add_up, collect, finish, normalise
 from bigsimclr.world import World
 
 LOWEST_FIXED: Final = 0.025
 """Temperature down to which exp(-2 / T) and sums of it are normal float32 numbers."""
+HOPPER: Final = (9, 0)
 BAND: Final = 64
 """Row tiles of one symmetric launch; bounds the memory of the column sums."""
-SMALL: Final = 8192
-"""Rows below which tiles of 64 would leave multiprocessors of an H100 without one."""
-PROGRAMS: Final = 264
-"""Two for each multiprocessor of an H100: what a launch should have at least."""
+SUMMING: Final = 264
+"""Programs of a launch of the sums: two for each multiprocessor of an H100, which hold no more."""
+SLOPING: Final = 396
+"""Programs of the slope's launch, where it has to be cut for them: three for each."""
+ROW_VALUES: Final = 2048  # of a program that takes whole rows
+SHORTEST_CHUNK: Final = 4  # tiles of columns; in fewer, a program starts longer than it works
 
 Grade = Literal["bf16", "fp32"]
 
@@ -53,27 +56,28 @@ class Cut:
 
     sums: Tiles
     slope: Tiles
-    stripe: int = 8  # tiles of columns that a program of the sums takes, at most
+    summing: int = SUMMING
+    sloping: int = SLOPING
 
 
-def cut_of(width: int, rows: int, *, split: bool) -> Cut:
-    """Choose for rows [rows, width] of all views on this rank."""
-    return Cut(sum_tiles(width, split=split), slope_tiles(width, rows, split=split))
+def cut_of(width: int, *, split: bool, hopper: bool) -> Cut:
+    """Choose for rows of a width, and for a GPU that multiplies by groups of four warps or not."""
+    return Cut(sum_tiles(width, split=split, hopper=hopper), slope_tiles(width, split=split))
 
 
-def sum_tiles(width: int, *, split: bool) -> Tiles:
+def sum_tiles(width: int, *, split: bool, hopper: bool) -> Tiles:
     """Choose square tiles for the sums, which are wanted symmetric; none spills registers."""
     if width <= 128:
-        return Tiles(64, 64, 4, 2) if split else Tiles(128, 128, 8, 3)
+        if split:
+            return Tiles(64, 64, 4, 2)
+        return Tiles(128, 128, 4, 2) if hopper else Tiles(128, 128, 8, 3)
     return Tiles(32, 32, 4, 2) if split else Tiles(64, 64, 8, 2)
 
 
-def slope_tiles(width: int, rows: int, *, split: bool) -> Tiles:
+def slope_tiles(width: int, *, split: bool) -> Tiles:
     """Choose tiles for the gradient of some rows, which stay in registers; none spills."""
-    if width <= 128 and rows < SMALL:
-        return Tiles(16, 32 if split else 64, 4, 2)
     if width <= 128:
-        return Tiles(64, 32 if split else 64, 8, 2)
+        return Tiles(64, 32, 4, 2) if split else Tiles(64, 64, 4, 2)
     return Tiles(16, 32, 8, 1)
 
 
@@ -113,7 +117,8 @@ def fused_nt_xent(
         )
     if cut is None:
         split = grade == "fp32" and not is_interpreted()
-        cut = cut_of(padded_width(first.shape[1]), 2 * len(first), split=split)
+        hopper = first.is_cuda and torch.cuda.get_device_capability(first.device) >= HOPPER
+        cut = cut_of(padded_width(first.shape[1]), split=split, hopper=hopper)
     loss: Tensor = _Fused.apply(first, second, queue, _Way(temperature, grade, world, cut))
     return loss
 
@@ -189,17 +194,32 @@ class _Fused(Function):
         queue, queue_rests, weights, shares, tops, all_shares, all_tops = others
         way, scale, online, split = ctx.settings  # type: ignore[attr-defined]
         (pairs, values), width = first.shape, units.shape[1]
-        slopes = [view.new_empty(view.shape) for view in (first, second)]
         tiles = way.cut.slope
-        slope[(2 * triton.cdiv(pairs, tiles.rows),)](
+        row_tiles = 2 * triton.cdiv(pairs, tiles.rows)
+        column_tiles = 2 * triton.cdiv(len(columns) // 2, tiles.columns)
+        column_tiles += triton.cdiv(len(queue), tiles.columns)
+        chunk = max(triton.cdiv(column_tiles, max(1, way.cut.sloping // row_tiles)), SHORTEST_CHUNK)
+        count = triton.cdiv(column_tiles, chunk)
+        even = pairs % tiles.rows == 0 and len(columns) // 2 % tiles.columns == 0
+        parts = units.new_empty(count, 2 * pairs, width, dtype=torch.float32)
+        slope[(row_tiles, count)](
             units, rests, columns, column_rests, queue, queue_rests,
-            weights, shares, tops, all_shares, all_tops,
-            first, second, *slopes, gradient,
-            pairs, len(columns) // 2, len(queue), way.world.rank * pairs,
-            scale, 1.0 / (way.temperature * pairs), first.stride(0), second.stride(0),
-            D=values, WIDTH=width, ROWS=tiles.rows, COLUMNS=tiles.columns,
-            SPLIT=split, HAS_QUEUE=len(queue) > 0, ONLINE=online,
+            shares, tops, all_shares, all_tops, parts,
+            pairs, len(columns) // 2, len(queue), way.world.rank * pairs, chunk, scale,
+            WIDTH=width, ROWS=tiles.rows, COLUMNS=tiles.columns,
+            SPLIT=split, HAS_QUEUE=len(queue) > 0, ONLINE=online, EVEN=even,
             num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        # A part alone becomes the gradient where it lies, which saves its memory.
+        fits = count == 1 and width == values and first.dtype == second.dtype == torch.float32
+        slopes = (
+            parts[0].chunk(2) if fits else [view.new_empty(view.shape) for view in (first, second)]
+        )
+        side = max(1, ROW_VALUES // width)
+        leave_unit_sphere[(2 * triton.cdiv(pairs, side),)](
+            parts, weights, first, second, *slopes, gradient,
+            pairs, count, 1.0 / (way.temperature * pairs), first.stride(0), second.stride(0),
+            D=values, WIDTH=width, SIDE=side,
         )  # fmt: skip
         return *slopes, None, None
 
@@ -218,7 +238,7 @@ def _normalised(first: Tensor, second: Tensor, *, split: bool) -> tuple[_Operand
     split = split and kind == torch.bfloat16
     rests = torch.empty_like(units) if split else units
     positives = first.new_empty(pairs, dtype=torch.float32)
-    side = max(1, 2048 // width)
+    side = max(1, ROW_VALUES // width)
     normalise[(triton.cdiv(pairs, side),)](
         first, second, units, rests, positives, pairs, first.stride(0), second.stride(0),
         D=values, WIDTH=width, SIDE=side, SPLIT=split,
@@ -271,13 +291,16 @@ class _Sums:
         tiles = self.cut.sums
         row_tiles = 2 * triton.cdiv(pairs, tiles.rows)
         column_tiles = views * triton.cdiv(column_pairs, tiles.columns)
+        if symmetric:  # each meets itself and the half that follows it
+            column_tiles = row_tiles // 2 + 1
+        band = min(BAND, row_tiles) if symmetric else row_tiles
         # A stripe loads its rows once; but there must be work for the whole device.
-        stripe = max(1, min(self.cut.stripe, row_tiles * column_tiles // PROGRAMS))
+        stripe = triton.cdiv(column_tiles, max(1, self.cut.summing // band))
         stripes = triton.cdiv(column_tiles, stripe)
+        even = pairs % tiles.rows == 0 and column_pairs % tiles.columns == 0
         online = len(self.tops) > 0
         pieces = self.sums.new_empty(stripes, count)
         largest = torch.empty_like(pieces) if online else pieces
-        band = min(BAND, row_tiles) if symmetric else row_tiles
         mirrored = self.sums.new_empty(band, count) if symmetric else pieces
         for start in range(0, row_tiles, band):
             rows = min(band, row_tiles - start)
@@ -286,7 +309,7 @@ class _Sums:
                 pieces, largest, mirrored,
                 pairs, column_pairs, self.position, start, stripe, self.scale,
                 WIDTH=width, ROWS=tiles.rows, COLUMNS=tiles.columns, VIEWS=views,
-                SPLIT=self.own.split, SYMMETRIC=symmetric, ONLINE=online,
+                SPLIT=self.own.split, SYMMETRIC=symmetric, ONLINE=online, EVEN=even,
                 num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
             is_last = start + rows >= row_tiles

@@ -1,12 +1,15 @@
-"""The Triton kernel of NT-Xent's backward pass; names and shapes are those of `nt_xent_sums`."""
+"""The Triton kernels of NT-Xent's backward pass; names and shapes are those of `nt_xent_sums`."""
 
 import triton
 import triton.language as tl
 
 from bigsimclr.kernels.nt_xent_sums import (
     SHORTEST,
+    fixed_entries,
+    listed,
+    load_numbers,
     load_rows,
-    meet,
+    meetings,
     multiply,
     place,
 )
@@ -18,7 +21,7 @@ def _entries(scores, by_row, by_column, row_top, column_top, scale, ONLINE: tl.c
     if ONLINE:
         as_row = by_row[:, None] * tl.exp2((scores - row_top[:, None]) * scale)
         return as_row + by_column[None, :] * tl.exp2((scores - column_top[None, :]) * scale)
-    return tl.exp2((scores - 1.0) * scale) * (by_row[:, None] + by_column[None, :])
+    return fixed_entries(scores, scale) * (by_row[:, None] + by_column[None, :])
 
 
 @triton.jit
@@ -34,12 +37,138 @@ def _add_products(total, entries, right, right_rest, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _leave_unit_sphere(
-    total, weight, view, is_row, inside, first, second, first_stride, second_stride,
-    D: tl.constexpr, WIDTH: tl.constexpr,
+def _add_tile(
+    total, view, number, near_row, left, left_rest, rows, row_rests, row_begin, row_count,
+    columns, column_rests, by_row, row_top, column_shares, column_tops, count, scale,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr, ONLINE: tl.constexpr, EVEN: tl.constexpr,
+    MARKED: tl.constexpr, QUEUED: tl.constexpr,
 ):  # fmt: skip
-    """Turn the negatives' part into the gradient of projections, whose positives stay float32."""
+    """Add the part of one tile of columns; MARKED blanks what is no negative.
+
+    Those of a queue are QUEUED: negatives of all, and no anchors, so that they have no share.
+    """
+    start = number * COLUMNS
+    begin = view * count + start
+    right, right_rest = load_rows(
+        columns, column_rests, begin, count - start, COLUMNS, WIDTH, SPLIT, EVEN
+    )
+    by_column = tl.zeros([COLUMNS], tl.float32)
+    if not QUEUED:
+        by_column = load_numbers(column_shares, begin, count - start, COLUMNS, EVEN)
+    column_top = by_column
+    if ONLINE:
+        if not QUEUED:
+            column_top = load_numbers(column_tops, begin, count - start, COLUMNS, EVEN)
+    scores = multiply(
+        left, left_rest, right, right_rest, rows, row_rests, row_begin, row_count,
+        columns, column_rests, begin, count - start, WIDTH, ROWS, COLUMNS, SPLIT,
+    )  # fmt: skip
+    entries = _entries(scores, by_row, by_column, row_top, column_top, scale, ONLINE)
+    column = tl.arange(0, COLUMNS)
+    if MARKED:
+        same = (near_row - start + tl.arange(0, ROWS))[:, None] == column[None, :]
+        entries = tl.where(same, 0.0, entries)
+    if ONLINE:  # else beyond the end are zeros to multiply with, and entries are finite
+        if not EVEN:
+            entries = tl.where((column < count - start)[None, :], entries, 0.0)
+    return _add_products(total, entries, right, right_rest, SPLIT)
+
+
+@triton.jit
+def slope(
+    rows, row_rests, columns, column_rests, queue, queue_rests,
+    shares, tops, column_shares, column_tops, parts,
+    pairs, column_pairs, queued, position, chunk, scale,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_QUEUE: tl.constexpr, ONLINE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Make a tile of rows' scores with a chunk of columns again, and add up what they weigh.
+
+    EVEN says that tiles fill the views; the queue they may not.
+
+    Shapes:
+        rows, row_rests: [2B, W].
+        columns, column_rests: [2N, W].
+        queue, queue_rests: [Q, W].
+        shares, tops: [2B], of the rows; tops ONLINE only.
+        column_shares, column_tops: [2N].
+        parts: [P, 2B, W] out: derivatives by the unit rows, but for the factor 1 / T.
+        position: of the first row.
+        chunk: column tiles of a program.
+    """
+    own_view, row_start = place(tl.program_id(0), pairs, ROWS)
+    row_begin, row_count = own_view * pairs + row_start, pairs - row_start
+    left, left_rest = load_rows(rows, row_rests, row_begin, row_count, ROWS, WIDTH, SPLIT, EVEN)
+    by_row = load_numbers(shares, row_begin, row_count, ROWS, EVEN)
+    row_top = by_row
+    if ONLINE:
+        row_top = load_numbers(tops, row_begin, row_count, ROWS, EVEN)
+    near_row = position + row_start
+    per_view = tl.cdiv(column_pairs, COLUMNS)
+    first, near = meetings(near_row, ROWS, per_view, COLUMNS)
+    begin = tl.program_id(1) * chunk
+    end = begin + chunk
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for index in range(begin, tl.minimum(end, 2 * near)):
+        view, number = listed(index, first, near, per_view, MARKED=True)
+        total = _add_tile(
+            total, view, number, near_row, left, left_rest, rows, row_rests, row_begin, row_count,
+            columns, column_rests, by_row, row_top, column_shares, column_tops, column_pairs, scale,
+            WIDTH, ROWS, COLUMNS, SPLIT, ONLINE, EVEN, MARKED=True, QUEUED=False,
+        )  # fmt: skip
+    for index in range(tl.maximum(begin, 2 * near), tl.minimum(end, 2 * per_view)):
+        view, number = listed(index, first, near, per_view, MARKED=False)
+        total = _add_tile(
+            total, view, number, near_row, left, left_rest, rows, row_rests, row_begin, row_count,
+            columns, column_rests, by_row, row_top, column_shares, column_tops, column_pairs, scale,
+            WIDTH, ROWS, COLUMNS, SPLIT, ONLINE, EVEN, MARKED=False, QUEUED=False,
+        )  # fmt: skip
+    if HAS_QUEUE:
+        begin = tl.maximum(begin - 2 * per_view, 0)
+        end = tl.minimum(end - 2 * per_view, tl.cdiv(queued, COLUMNS))
+        for number in range(begin, end):
+            total = _add_tile(
+                total, 0, number, 0, left, left_rest, rows, row_rests, row_begin, row_count,
+                queue, queue_rests, by_row, row_top, shares, tops, queued, scale,
+                WIDTH, ROWS, COLUMNS, SPLIT, ONLINE, EVEN=False, MARKED=False, QUEUED=True,
+            )  # fmt: skip
+    row = tl.arange(0, ROWS)[:, None]
+    at = (tl.program_id(1).to(tl.int64) * 2 * pairs + row_begin) * WIDTH
+    at = at + row * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(parts + at, total, mask=row < row_count)
+
+
+@triton.jit
+def leave_unit_sphere(
+    parts,  # [P, 2B, W]
+    weights,  # [2B]
+    first,  # [B, D] projections
+    second,  # [B, D]
+    first_slope,  # [B, D] out; both may lie where the only part does
+    second_slope,  # [B, D] out
+    upstream,  # [] gradient of the loss
+    pairs,
+    count,  # P
+    factor,  # 1 / (T B)
+    first_stride,
+    second_stride,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Turn the negatives' parts into the gradient of projections, whose positives stay float32."""
+    view, row_start = place(tl.program_id(0), pairs, SIDE)
+    inside = row_start + tl.arange(0, SIDE)
+    is_row = inside < pairs
+    row = (view * pairs + inside).to(tl.int64)
     width = tl.arange(0, WIDTH)[None, :]
+    total = tl.zeros([SIDE, WIDTH], tl.float32)
+    for part in range(count):
+        at = (tl.cast(part, tl.int64) * 2 * pairs + row)[:, None] * WIDTH + width
+        total += tl.load(parts + at, mask=is_row[:, None], other=0.0)
+    weight = tl.load(weights + row, mask=is_row, other=0.0)
+    weight += tl.load(weights + (1 - 2 * view) * pairs + row, mask=is_row, other=0.0)
     at = inside.to(tl.int64)[:, None]
     of_first = is_row[:, None] & (width < D) & (view == 0)
     of_second = is_row[:, None] & (width < D) & (view == 1)
@@ -53,98 +182,8 @@ def _leave_unit_sphere(
     inverse = tl.rsqrt(tl.maximum(length, SHORTEST))
     # Along itself a projection only grows, unless it is so short that its length is held.
     along_itself = tl.where(length < SHORTEST, 0.0, tl.sum(own * total, 1) * inverse * inverse)
-    return (total - own * along_itself[:, None]) * inverse[:, None], of_first, of_second
-
-
-@triton.jit
-def slope(
-    rows, row_rests, columns, column_rests, queue, queue_rests,
-    weights, shares, tops, column_shares, column_tops,
-    first, second, first_slope, second_slope, upstream,
-    pairs, column_pairs, queued, position, scale, factor, first_stride, second_stride,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_QUEUE: tl.constexpr, ONLINE: tl.constexpr,
-):  # fmt: skip
-    """Make a tile of rows' scores again, and from them the whole gradient of its projections.
-
-    Shapes:
-        rows, row_rests: [2B, W].
-        columns, column_rests: [2N, W].
-        queue, queue_rests: [Q, W].
-        weights, shares, tops: [2B], of the rows; tops ONLINE only.
-        column_shares, column_tops: [2N].
-        first, second: [B, D] projections.
-        first_slope, second_slope: [B, D] out.
-        upstream: [] gradient of the loss.
-        position: of the first row.
-        factor: 1 / (T B).
-    """
-    view, row_start = place(tl.program_id(0), pairs, ROWS)
-    inside = row_start + tl.arange(0, ROWS)
-    is_row = inside < pairs
-    row = (view * pairs + inside).to(tl.int64)
-    left, left_rest = load_rows(rows, row_rests, row, is_row, WIDTH, SPLIT)
-    by_row = tl.load(shares + row, mask=is_row, other=0.0)
-    row_top = by_row
-    if ONLINE:
-        row_top = tl.load(tops + row, mask=is_row, other=1.0)
-    total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for number in range(2 * tl.cdiv(column_pairs, COLUMNS)):
-        side, start = place(number, column_pairs, COLUMNS)
-        along = start + tl.arange(0, COLUMNS)
-        is_column = along < column_pairs
-        column = (side * column_pairs + along).to(tl.int64)
-        right, right_rest = load_rows(columns, column_rests, column, is_column, WIDTH, SPLIT)
-        by_column = tl.load(column_shares + column, mask=is_column, other=0.0)
-        column_top = by_column
-        if ONLINE:
-            column_top = tl.load(column_tops + column, mask=is_column, other=1.0)
-        scores = multiply(
-            left, left_rest, right, right_rest,
-            rows, row_rests, row, is_row, columns, column_rests, column, is_column,
-            WIDTH, ROWS, COLUMNS, SPLIT,
-        )  # fmt: skip
-        entries = _entries(scores, by_row, by_column, row_top, column_top, scale, ONLINE)
-        special = meet(position + row_start, ROWS, start, COLUMNS)
-        if special | (start + COLUMNS > column_pairs):
-            blank = (position + inside)[:, None] == along[None, :]
-            entries = tl.where(blank | ~is_column[None, :], 0.0, entries)
-        total = _add_products(total, entries, right, right_rest, SPLIT)
-    if HAS_QUEUE:
-        total = _add_queue(
-            total, left, left_rest, rows, row_rests, row, is_row, queue, queue_rests, queued,
-            by_row, row_top, scale, WIDTH, ROWS, COLUMNS, SPLIT, ONLINE,
-        )  # fmt: skip
-    weight = tl.load(weights + row, mask=is_row, other=0.0)
-    weight += tl.load(weights + (1 - 2 * view) * pairs + row, mask=is_row, other=0.0)
-    total, of_first, of_second = _leave_unit_sphere(
-        total, weight, view, is_row, inside, first, second, first_stride, second_stride, D, WIDTH
-    )
+    total = (total - own * along_itself[:, None]) * inverse[:, None]
     total *= factor * tl.load(upstream).to(tl.float32)
-    at = inside.to(tl.int64)[:, None] * D + tl.arange(0, WIDTH)[None, :]
+    at = at * D + width
     tl.store(first_slope + at, total, mask=of_first)
     tl.store(second_slope + at, total, mask=of_second)
-
-
-@triton.jit
-def _add_queue(
-    total, left, left_rest, rows, row_rests, row, is_row, queue, queue_rests, queued,
-    by_row, row_top, scale, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, ONLINE: tl.constexpr,
-):  # fmt: skip
-    """Add the queue's part: its rows are negatives of every anchor, and no anchors themselves."""
-    nothing = tl.zeros([COLUMNS], tl.float32)
-    for number in range(tl.cdiv(queued, COLUMNS)):
-        along = number * COLUMNS + tl.arange(0, COLUMNS)
-        is_column = along < queued
-        column = along.to(tl.int64)
-        right, right_rest = load_rows(queue, queue_rests, column, is_column, WIDTH, SPLIT)
-        scores = multiply(
-            left, left_rest, right, right_rest,
-            rows, row_rests, row, is_row, queue, queue_rests, column, is_column,
-            WIDTH, ROWS, COLUMNS, SPLIT,
-        )  # fmt: skip
-        entries = _entries(scores, by_row, nothing, row_top, nothing, scale, ONLINE)
-        entries = tl.where(is_column[None, :], entries, 0.0)
-        total = _add_products(total, entries, right, right_rest, SPLIT)
-    return total

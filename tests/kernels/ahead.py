@@ -34,6 +34,7 @@ class Build:
     warps: int = 4
     stages: int = 3
     aligned: tuple[str, ...] = field(default=())  # arguments divisible by 16, as pointers are
+    capabilities: tuple[int, ...] = CAPABILITIES  # of the GPUs that it is for
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def built(names: list[str]) -> Iterator[Built]:
     """Build every kernel of the modules named, for every GPU."""
     for name in names:
         for wanted in importlib.import_module(f"tests.kernels.builds.{name}").BUILDS:
-            for capability in CAPABILITIES:
+            for capability in wanted.capabilities:
                 yield build(name, wanted, capability)
 
 

@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from bigsimclr.kernels.nt_xent import Tiles, slope_tiles, sum_tiles
+from bigsimclr.kernels.nt_xent import ROW_VALUES, Tiles, slope_tiles, sum_tiles
 from tests.kernels.ahead import Build
 
 WIDTHS = (64, 128, 256, 512)
@@ -15,9 +15,11 @@ def sums(
     symmetric: bool = True,
     online: bool = False,
     views: int = 2,
+    even: bool = True,
+    hopper: bool = True,
     tiles: Tiles | None = None,
 ) -> Build:
-    tiles = tiles or sum_tiles(width, split=split)
+    tiles = tiles or sum_tiles(width, split=split, hopper=hopper)
     names = ["rows", "row_rests", "columns", "column_rests"]
     numbers = ["pairs", "column_pairs", "position", "first_tile", "stripe"]
     return Build(
@@ -34,9 +36,11 @@ def sums(
             "SPLIT": split,
             "SYMMETRIC": symmetric,
             "ONLINE": online,
+            "EVEN": even,
         },
         warps=tiles.warps,
         stages=tiles.stages,
+        capabilities=(90,) if hopper else (80,),
     )
 
 
@@ -46,31 +50,41 @@ def slope(
     split: bool,
     online: bool = False,
     has_queue: bool = False,
-    rows: int = 65536,
+    even: bool = True,
     tiles: Tiles | None = None,
 ) -> Build:
-    tiles = tiles or slope_tiles(width, rows, split=split)
+    tiles = tiles or slope_tiles(width, split=split)
     halves = ["rows", "row_rests", "columns", "column_rests", "queue", "queue_rests"]
-    singles = ["weights", "shares", "tops", "column_shares", "column_tops", "upstream"]
-    views = ["first", "second", "first_slope", "second_slope"]
-    numbers = ["pairs", "column_pairs", "queued", "position", "first_stride", "second_stride"]
+    singles = ["shares", "tops", "column_shares", "column_tops", "parts"]
+    numbers = ["pairs", "column_pairs", "queued", "position", "chunk"]
     return Build(
         "slope",
         dict.fromkeys(halves, "*bf16")
-        | dict.fromkeys(singles + views, "*fp32")
+        | dict.fromkeys(singles, "*fp32")
         | dict.fromkeys(numbers, "i32")
-        | dict.fromkeys(["scale", "factor"], "fp32"),
+        | {"scale": "fp32"},
         {
-            "D": width,
             "WIDTH": width,
             "ROWS": tiles.rows,
             "COLUMNS": tiles.columns,
             "SPLIT": split,
             "HAS_QUEUE": has_queue,
             "ONLINE": online,
+            "EVEN": even,
         },
         warps=tiles.warps,
         stages=tiles.stages,
+    )
+
+
+def _leave_unit_sphere(width: int) -> Build:
+    pointers = ["parts", "weights", "first", "second", "first_slope", "second_slope", "upstream"]
+    return Build(
+        "leave_unit_sphere",
+        dict.fromkeys(pointers, "*fp32")
+        | dict.fromkeys(["pairs", "count", "first_stride", "second_stride"], "i32")
+        | {"factor": "fp32"},
+        {"D": width, "WIDTH": width, "SIDE": ROW_VALUES // width},
     )
 
 
@@ -80,7 +94,7 @@ def _normalise(width: int, *, split: bool) -> Build:
         dict.fromkeys(["first", "second", "positives"], "*fp32")
         | dict.fromkeys(["units", "rests"], "*bf16")
         | dict.fromkeys(["pairs", "first_stride", "second_stride"], "i32"),
-        {"D": width, "WIDTH": width, "SIDE": 2048 // width, "SPLIT": split},
+        {"D": width, "WIDTH": width, "SIDE": ROW_VALUES // width, "SPLIT": split},
     )
 
 
@@ -90,17 +104,25 @@ def _small(name: str, pointers: list[str], numbers: list[str], **constants: obje
 
 
 BUILDS = [
-    *(sums(width, split=split) for width, split in product(WIDTHS, (False, True))),
-    sums(128, split=False, symmetric=False),
-    sums(128, split=True, symmetric=False, views=1),
-    sums(128, split=True, symmetric=False, online=True),
+    *(
+        sums(width, split=split, hopper=hopper)
+        for width, split, hopper in product(WIDTHS, (False, True), (False, True))
+    ),
+    *(
+        build
+        for hopper in (False, True)
+        for build in (
+            sums(128, split=False, even=False, hopper=hopper),
+            sums(128, split=False, symmetric=False, hopper=hopper),
+            sums(128, split=True, symmetric=False, views=1, hopper=hopper),
+            sums(128, split=True, symmetric=False, online=True, hopper=hopper),
+        )
+    ),
     *(slope(width, split=split) for width, split in product(WIDTHS, (False, True))),
+    slope(128, split=False, even=False),
     slope(128, split=False, online=True, has_queue=True),
     slope(128, split=True, has_queue=True),
-    *(
-        slope(width, split=split, online=split, has_queue=True, rows=1024)
-        for width, split in product((64, 128), (False, True))
-    ),
+    *(_leave_unit_sphere(width) for width in WIDTHS),
     _normalise(128, split=False),
     _normalise(512, split=True),
     *(
