@@ -25,6 +25,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from benchmarks.capture import captured as in_a_graph
 from bigsimclr.optim import LARS
 
 RATE: Final = 10.0  # weights change by about 1% in an update, so that rounding hides no error
@@ -74,13 +75,10 @@ def fused(parameters: Parameters) -> Step:
 
 def captured(parameters: Parameters) -> Step:
     optimizer = ours(parameters, with_kernels=True)
-    optimizer.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
+    replay = in_a_graph(optimizer.step)
     for parameter in parameters:
         optimizer.state[parameter]["momentum"].zero_()
-    return graph.replay
+    return replay
 
 
 def ours(parameters: Parameters, *, with_kernels: bool) -> LARS:

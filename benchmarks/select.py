@@ -26,6 +26,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from benchmarks.capture import captured
 from benchmarks.machine import machine
 from bigsimclr.models.selective import SelectiveKernel, fuse_selective_kernels
 from bigsimclr.stages.run_directory import source_commit
@@ -84,20 +85,6 @@ def errors() -> dict[str, float]:
     }
     assert max(found.values()) < 1e-4, f"the fused code computes something else: {found}"
     return found
-
-
-def captured(work: Callable[[], object]) -> Callable[[], object]:
-    """Return the same work as one launch."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # builds kernels, and chooses among those of others
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
 
 
 def seconds(work: Callable[[], object]) -> float:
