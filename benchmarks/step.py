@@ -27,7 +27,6 @@ fused, are of the two ceilings that this GPU reached before the race.
 import argparse
 import gc
 import importlib.metadata
-import importlib.util
 import json
 import math
 import statistics
@@ -57,6 +56,7 @@ from benchmarks.loops import (
 )
 from benchmarks.machine import machine
 from benchmarks.networks import network
+from benchmarks.peers import has_lightly
 from benchmarks.roofline import Ceilings, floors, measure_ceilings
 from bigsimclr.kernels import Choice
 from bigsimclr.losses.nt_xent import nt_xent
@@ -291,9 +291,8 @@ def cases_of(options: argparse.Namespace, device: torch.device) -> tuple[Case, .
 
 def installed(methods: Sequence[MethodName]) -> list[MethodName]:
     """Leave out lightly where it is not, and say so."""
-    if importlib.util.find_spec("lightly") is not None:
+    if has_lightly():
         return list(methods)
-    print("lightly is not installed: left out")
     return [method for method in methods if method != "lightly"]
 
 
