@@ -18,7 +18,6 @@ found here is written into the tables of `bigsimclr.kernels` by hand.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -38,6 +37,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.capture import captured
 from benchmarks.machine import machine
 from benchmarks.norm_act import FLUSHED_BYTES, Clock
+from benchmarks.result_file import ResultFile
 from benchmarks.sweep_cases import Case, loss_cases, update_case, view_cases
 from benchmarks.sweep_norms import norm_cases, select_cases
 from bigsimclr.stages.run_directory import source_commit
@@ -246,18 +246,16 @@ def sides(facts: dict[str, int]) -> str:
     return " ".join(f"{name} {value}" for name, value in facts.items())
 
 
-def sweep(
-    numbers: Sequence[int], result: dict[str, object], options: argparse.Namespace
-) -> list[str]:
+def sweep(numbers: Sequence[int], file: ResultFile, *, processes: int, rounds: int) -> list[str]:
     """Build, compare and time some cases, write what is known after each; return what failed."""
-    made = prepare_all(numbers, options.processes)
+    made = prepare_all(numbers, processes)
     clock = Clock() if torch.cuda.is_available() else None
     cases: list[dict[str, object]] = []
     failed = []
     for number in numbers:
         case, found, trouble = CASES[number], made[number], ""
         if clock is not None:
-            trouble = measure(case, found, clock, rounds=options.rounds)
+            trouble = measure(case, found, clock, rounds=rounds)
         entry = described(case, found)
         if trouble:
             entry |= {"fastest": None, "fastest_over_chosen": None}
@@ -265,9 +263,7 @@ def sweep(
         elif any(one.dropped.startswith("differs") for one in found):
             failed.append(f"{case.name}: some candidates compute something else")
         cases.append({**entry, "trouble": trouble or None})
-        if options.output is not None:
-            text = json.dumps({**result, "cases": cases}, indent=1) + "\n"
-            options.output.write_text(text, encoding="utf-8")
+        file.write({"cases": cases}, measured=len(cases), of=len(numbers))
     return failed
 
 
@@ -306,7 +302,8 @@ def main() -> None:
             "shared_bytes_of_a_block": SHARED_BYTES,
         },
     }
-    failed = sweep(numbers, result, options)
+    file = ResultFile(options.output, result, "cases")
+    failed = sweep(numbers, file, processes=options.processes, rounds=options.rounds)
     if failed:
         raise SystemExit("\n".join(failed))
 

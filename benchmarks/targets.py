@@ -146,7 +146,11 @@ def share_of_copy(name: str) -> Find:
 
     def find(results: Results) -> Figure | None:
         copying = taken = 0.0
-        for layer in results.get(name, {}).get("layers", ()):
+        result = results.get(name, {})
+        layers = result.get("layers", ())
+        if "cut" in result and len(layers) < result["cut"]["of"]:
+            return None
+        for layer in layers:
             for row in layer["passes"].values():
                 taken += layer["count"] * row["median_ms"]
                 copying += layer["count"] * row["bytes"] / row["copy_gigabytes_per_second"] / 1e6
