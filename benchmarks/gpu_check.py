@@ -76,6 +76,7 @@ CHECK: Final = (
     # only others of them need may be missing. Those of `proof` have their turn there.
     tests(120, "tests/augment", "tests/engine", "tests/models", "tests/parallel", "tests/data",
           "tests/test_benchmark_sweep.py", "tests/test_benchmark_optimizer.py",
+          "tests/test_benchmark_step.py",
           "-m", "gpu", "--continue-on-collection-errors"),
     benchmark(90, "loss", "--rounds", "5"),
     race(90, "r50-1x", 256, "--rounds", "3", "--steps", "4"),
