@@ -30,7 +30,6 @@ them. The median of the rounds counts; the spread is that between the quartiles 
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import statistics
 import sys
@@ -38,6 +37,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
 import numpy as np
@@ -46,6 +46,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.machine import machine
+from benchmarks.peers import imported
 from bigsimclr.augment import ViewSettings
 from bigsimclr.augment.colour import brightness_, contrast_, grey, hue_, saturation_
 from bigsimclr.augment.device import blur, crop_resize, make_views
@@ -150,9 +151,8 @@ def all_at_once(pixels: Tensor, draws: Draws) -> Tensor:
     return views.contiguous(memory_format=torch.channels_last)
 
 
-def by_kornia(pixels: Tensor) -> Method:
+def by_kornia(pixels: Tensor, augmentation: ModuleType) -> Method:
     """Return the official pipeline built of kornia's modules."""
-    augmentation = importlib.import_module("kornia.augmentation")
     modules = torch.nn.Sequential(
         augmentation.RandomResizedCrop(
             (SIZE, SIZE), scale=(0.1, 1.0), resample="BICUBIC", cropping_mode="resample"
@@ -183,8 +183,9 @@ def methods(pixels: Tensor, draws: Draws) -> dict[str, Method]:
         )
     found["per image"] = lambda: one_after_another(pixels, draws)
     found["batched"] = lambda: all_at_once(pixels, draws)
-    if importlib.util.find_spec("kornia") is not None:
-        found["kornia"] = by_kornia(pixels)
+    kornia = imported("kornia.augmentation")
+    if kornia is not None:
+        found["kornia"] = by_kornia(pixels, kornia)
     found["draw"] = lambda: draw(draws.images, pixels.shape[-1])
     found["crop"] = lambda: crops_of(pixels, draws)
     if device.type == "cuda":
@@ -294,7 +295,7 @@ def main() -> None:
     facts = machine()
     if has_gpu:
         facts["gpu"] = torch.cuda.get_device_name()
-    if importlib.util.find_spec("kornia") is not None:
+    if imported("kornia.augmentation") is not None:
         facts["kornia"] = importlib.metadata.version("kornia")
     result = {
         "command": " ".join(["python", "-m", "benchmarks.augment", *sys.argv[1:]]),

@@ -34,7 +34,8 @@ def trace(step: Callable[[], object], *, steps: int) -> Trace:
     than it is; how long kernels take does not change.
     """
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    # There is one cycle, so that nothing accumulates; without it PyTorch warns of several.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         begin = time.perf_counter()
         for _ in range(steps):
             step()

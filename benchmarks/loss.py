@@ -23,7 +23,6 @@ what PyTorch allocates.
 import argparse
 import gc
 import importlib.metadata
-import json
 import os
 import statistics
 import subprocess
@@ -50,6 +49,7 @@ from benchmarks.loss_methods import (
 )
 from benchmarks.machine import machine
 from benchmarks.peers import Loss
+from benchmarks.result_file import ResultFile
 from bigsimclr.stages.run_directory import source_commit
 
 WIDTH: Final = 128
@@ -287,7 +287,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure and write the result file."""
+    """Measure and write the result file, after every size."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cores = sorted({1, os.cpu_count() or 1}) if device.type == "cpu" else [torch.get_num_threads()]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -308,33 +308,40 @@ def main() -> None:
     checked = [pairs for pairs in options.pairs if pairs <= MOST_CHECKED[device.type]]
     wrong = {str(pairs): errors(losses, pairs, device) for pairs in checked}
     print(f" pairs threads {'method':>15}  median ms     min ms spread   peak MB  time over")
-    rows = [
-        row
-        for pairs in options.pairs
-        for row in measure(losses, pairs, device, rounds=options.rounds, threads=options.threads)
-    ]
-    result = {
-        "command": " ".join(["python", "-m", "benchmarks.loss", *sys.argv[1:]]),
-        "commit": source_commit(),
-        "machine": facts,
-        "settings": {
-            "device": device.type,
-            "width": WIDTH,
-            "temperature": TEMPERATURE,
-            "row_chunk": ROW_CHUNK[device.type],
-            "rounds": options.rounds,
-            "dtype": "float32",
-            "work": "forward and backward",
+    file = ResultFile(
+        options.output,
+        {
+            "command": " ".join(["python", "-m", "benchmarks.loss", *sys.argv[1:]]),
+            "commit": source_commit(),
+            "machine": facts,
+            "settings": {
+                "device": device.type,
+                "width": WIDTH,
+                "temperature": TEMPERATURE,
+                "row_chunk": ROW_CHUNK[device.type],
+                "rounds": options.rounds,
+                "dtype": "float32",
+                "work": "forward and backward",
+            },
+            "relative_errors_against_float64": wrong,
         },
-        "relative_errors_against_float64": wrong,
+        "sizes",
+    )
+    rows: list[dict[str, Any]] = []
+    for number, pairs in enumerate(options.pairs, start=1):
+        rows += measure(losses, pairs, device, rounds=options.rounds, threads=options.threads)
+        file.write(found_in(rows), measured=number, of=len(options.pairs))
+
+
+def found_in(rows: list[dict[str, Any]]) -> dict[str, object]:
+    """Return what a result file has of the rows."""
+    return {
         "results": [row for row in rows if row["method"] != APART],
         "another_problem": {
             "what": "two sets, nothing masked: as many logits, but not NT-Xent",
             "results": [row for row in rows if row["method"] == APART],
         },
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,6 @@ all other keys are negatives, as published by Inf-CL (DAMO-NLP-SG/Inf-CLIP). It 
 cannot express NT-Xent, whose anchors are no negatives of themselves. It has as many logits.
 """
 
-import importlib.util
 from typing import Final
 
 import torch
@@ -26,7 +25,14 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from typing_extensions import override
 
-from benchmarks.peers import Loss, lightly_loss, metric_learning_loss, solo_loss
+from benchmarks.peers import (
+    Loss,
+    has_lightly,
+    imported,
+    lightly_loss,
+    metric_learning_loss,
+    solo_loss,
+)
 from bigsimclr.losses.nt_xent import nt_xent
 
 TEMPERATURE: Final = 0.1
@@ -37,10 +43,7 @@ APART: Final = "tile-wise"
 TOLERANCE: Final = {"fused-bf16": 5e-3, "strong": 5e-2}
 FLOAT32_TOLERANCE: Final = 1e-4
 
-_INSTALLED: Final = {
-    "lightly": ("lightly", lightly_loss),
-    "metric-learning": ("pytorch_metric_learning", metric_learning_loss),
-}
+_OTHERS: Final = {"lightly": lightly_loss, "metric-learning": metric_learning_loss}
 
 
 def names(device: torch.device) -> list[str]:
@@ -48,11 +51,10 @@ def names(device: torch.device) -> list[str]:
     found = ["dense", "chunked"]
     if device.type == "cuda":
         found += ["fused-bf16", "fused-fp32", "strong"]
-    for name, (package, _) in _INSTALLED.items():
-        if importlib.util.find_spec(package) is None:
-            print(f"{package} is not installed: left out")
-        else:
-            found.append(name)
+    if has_lightly():
+        found.append("lightly")
+    if imported("pytorch_metric_learning.losses") is not None:
+        found.append("metric-learning")
     return [*found, "solo", APART]
 
 
@@ -63,8 +65,8 @@ def runs(name: str, pairs: int) -> bool:
 
 def build(name: str, device: torch.device) -> Loss:
     """Return a method."""
-    if name in _INSTALLED:
-        return _INSTALLED[name][1](TEMPERATURE)
+    if name in _OTHERS:
+        return _OTHERS[name](TEMPERATURE)
     match name:
         case "solo":
             return solo_loss(TEMPERATURE)

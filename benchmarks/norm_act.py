@@ -13,22 +13,25 @@ In every round each of them runs once, in turns. Before each run a gigabyte is o
 empties the cache and gives the host time to launch what is timed. GPU events take the time; the
 median of the rounds counts, and the least and most are its spread.
 
-Before anything is measured, values and gradients are compared with float64.
+Before a layer is measured, the kernels' and PyTorch's values and gradients are compared with
+float64. The passes of all layers come first: to compile PyTorch's for each layer takes longer. The
+file is written after every layer.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.machine import machine
+from benchmarks.result_file import ResultFile
 from bigsimclr.stages.run_directory import source_commit
 
 EPSILON = 1e-5
@@ -131,13 +134,16 @@ def gradients(outputs: Tensor, leaves: Leaves, upstream: Tensor) -> tuple[Tensor
 
 
 def errors(layer: Layer, dtype: torch.dtype) -> dict[str, float]:
-    """Return each method's largest error against float64, relative to the largest value."""
+    """Return the largest errors against float64, relative to the largest value.
+
+    What PyTorch compiles is PyTorch's own, and takes long.
+    """
     leaves, upstream = drawn(layer, 4, dtype)
     exact_leaves = tuple(
         None if leaf is None else leaf.detach().double().requires_grad_() for leaf in leaves
     )
     found = {}
-    for name, forward in methods(layer).items():
+    for name, forward in {"fused": fused(layer.relu), "eager": eager(layer.relu)}.items():
         outputs = forward(leaves)
         slopes = gradients(outputs, leaves, upstream)
         inputs, weight, bias, residual = exact_leaves
@@ -281,40 +287,46 @@ def time_methods(
     }
 
 
-def measure(views: int, dtype: torch.dtype, rounds: int) -> dict[str, object]:
-    """Measure all layers and print the table."""
-    clock, rows = Clock(), []
-    network = {name: {"forward": 0.0, "backward": 0.0} for name in methods(LAYERS[0])}
+def totals_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the milliseconds of all batch norms of the network, by method and direction."""
+    return {
+        name: {
+            way: round(
+                sum(row["count"] * row["methods"][name][way]["median_ms"] for row in rows), 3
+            )
+            for way in ("forward", "backward")
+        }
+        for name in rows[0]["methods"]
+    }
+
+
+def measure(file: ResultFile, *, views: int, dtype: torch.dtype, rounds: int) -> None:
+    """Measure all layers, print what they take, and write it after each."""
+    clock = Clock()
+    rows: list[dict[str, Any]] = []
+    way = {"views": views, "dtype": dtype, "rounds": rounds}
     for layer in LAYERS:
+        row = {
+            "layer": layer.name,
+            "count": layer.count,
+            "relative_errors_against_float64": errors(layer, dtype),
+            "passes": time_passes(layer, clock, **way),
+        }
+        rows.append(row)
+        fractions = ", ".join(f"{n} {p['fraction_of_copy']:.0%}" for n, p in row["passes"].items())
+        print(f"{layer.name}: of a copy's speed {fractions}", flush=True)
+        file.write({"layers": rows}, measured=0, of=len(LAYERS))
+    for number, (layer, row) in enumerate(zip(LAYERS, rows, strict=True), start=1):
         torch.compiler.reset()  # else it would count shapes, and make one function for many
-        wrong = errors(layer, dtype)
-        torch.compiler.reset()
-        way = {"views": views, "dtype": dtype, "rounds": rounds}
-        by_pass, by_method = time_passes(layer, clock, **way), time_methods(layer, clock, **way)
-        rows.append(
-            {
-                "layer": layer.name,
-                "count": layer.count,
-                "relative_errors_against_float64": wrong,
-                "passes": by_pass,
-                "methods": by_method,
-            }
-        )
-        for name, ways in by_method.items():
-            for direction, found in ways.items():
-                network[name][direction] += layer.count * found["median_ms"]
-        fractions = ", ".join(f"{n} {p['fraction_of_copy']:.0%}" for n, p in by_pass.items())
+        row["methods"] = time_methods(layer, clock, **way)
         times = ", ".join(
             f"{name} {sum(found['median_ms'] for found in ways.values()):.3f}"
-            for name, ways in by_method.items()
+            for name, ways in row["methods"].items()
         )
-        print(f"{layer.name}: of a copy's speed {fractions}; ms {times}", flush=True)
-    totals = {
-        name: {direction: round(value, 3) for direction, value in ways.items()}
-        for name, ways in network.items()
-    }
-    print(f"all {sum(layer.count for layer in LAYERS)} of the network, ms: {totals}")
-    return {"network_milliseconds": totals, "layers": rows}
+        print(f"{layer.name}: ms {times}", flush=True)
+        totals = {"network_milliseconds": totals_of(rows)} if number == len(LAYERS) else {}
+        file.write({**totals, "layers": rows}, measured=number, of=len(LAYERS))
+    print(f"all {sum(layer.count for layer in LAYERS)} of the network, ms: {totals_of(rows)}")
 
 
 def main() -> None:
@@ -330,7 +342,7 @@ def main() -> None:
         raise SystemExit(2)
     import triton
 
-    result = {
+    facts = {
         "command": f"python -m benchmarks.norm_act --views {arguments.views} "
         f"--dtype {arguments.dtype} --rounds {arguments.rounds}",
         "commit": source_commit(),
@@ -345,10 +357,13 @@ def main() -> None:
             "rounds": arguments.rounds,
             "flushed_bytes": FLUSHED_BYTES,
         },
-        **measure(arguments.views, DTYPES[arguments.dtype], arguments.rounds),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    measure(
+        ResultFile(arguments.output, facts, "layers"),
+        views=arguments.views,
+        dtype=DTYPES[arguments.dtype],
+        rounds=arguments.rounds,
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ get below it.
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shlex
@@ -29,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -208,7 +208,7 @@ def versions(device: torch.device) -> dict[str, object]:
     """Return what the figures depend on."""
     found = machine()
     for package in ("lightly", "triton"):
-        if importlib.util.find_spec(package) is not None:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)

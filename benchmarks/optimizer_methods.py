@@ -16,15 +16,15 @@ code has |gradient + decay weight|.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from benchmarks.capture import captured as in_a_graph
+from benchmarks.peers import has_lightly, imported, lightly_lars
 from bigsimclr.optim import LARS
 
 RATE: Final = 10.0  # weights change by about 1% in an update, so that rounding hides no error
@@ -74,13 +74,10 @@ def fused(parameters: Parameters) -> Step:
 
 def captured(parameters: Parameters) -> Step:
     optimizer = ours(parameters, with_kernels=True)
-    optimizer.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
+    replay = in_a_graph(optimizer.step)
     for parameter in parameters:
         optimizer.state[parameter]["momentum"].zero_()
-    return graph.replay
+    return replay
 
 
 def ours(parameters: Parameters, *, with_kernels: bool) -> LARS:
@@ -120,20 +117,13 @@ def sgd(parameters: Parameters) -> Step:
 
 
 def lightly(parameters: Parameters) -> Step:
-    # Its file alone: the package imports torchvision.
-    package = importlib.util.find_spec("lightly")
-    if package is None or package.origin is None:
-        raise SystemExit("lightly is missing")
-    file = Path(package.origin).parent / "utils" / "lars.py"
-    specification = importlib.util.spec_from_file_location("lightly_lars", file)
-    if specification is None or specification.loader is None:
-        raise SystemExit(f"{file} cannot be loaded")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    optimizer = module.LARS(
-        parameters.decay_only(), lr=RATE, momentum=MOMENTUM, trust_coefficient=TRUST
-    )
-    return optimizer.step
+    return lightly_lars(
+        parameters.kernels,
+        parameters.others,
+        learning_rate=RATE,
+        weight_decay=DECAY,
+        momentum=MOMENTUM,
+    ).step
 
 
 def loop(parameters: Parameters) -> Step:
@@ -186,11 +176,10 @@ def methods(device: torch.device) -> dict[str, Make]:
     found: dict[str, Make] = {"plain": plain}
     if device.type == "cuda":
         found |= {"fused": fused, "captured": captured, "copying": copying}
-    if importlib.util.find_spec("lightly") is not None:
+    if has_lightly():
         found["lightly"] = lightly
     found["loop"] = loop
-    has_apex = device.type == "cuda" and importlib.util.find_spec("amp_C") is not None
-    if has_apex and hasattr(importlib.import_module("amp_C"), "multi_tensor_lars"):
+    if device.type == "cuda" and hasattr(imported("amp_C"), "multi_tensor_lars"):
         found["apex"] = apex
     return found | {"sgd": sgd}
 

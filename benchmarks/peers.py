@@ -18,9 +18,9 @@ doubled here.
 import importlib
 import importlib.util
 import sys
-import types
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from functools import cache
+from types import ModuleType
 from typing import Final
 
 import torch
@@ -33,6 +33,25 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 TRUST: Final = 0.001  # the default of both, and of the official code
 _EPSILON: Final = 1e-8  # of both
+
+
+@cache
+def imported(name: str) -> ModuleType | None:
+    """Import a module of another library; say so where it, or what it needs, is not installed."""
+    try:
+        if name.startswith("lightly."):
+            _load_lightly()
+        return importlib.import_module(name)
+    except ImportError as missing:
+        # A process that is asked for a figure answers on its standard output.
+        print(f"{name} is left out: {missing}", file=sys.stderr)
+        return None
+
+
+def has_lightly() -> bool:
+    """Tell whether lightly's loss and LARS can be had."""
+    names = ("lightly.loss.ntx_ent_loss", "lightly.utils.lars")
+    return all(imported(name) is not None for name in names)
 
 
 def lightly_loss(temperature: float) -> Loss:
@@ -55,7 +74,11 @@ def lightly_lars(
     module = importlib.import_module("lightly.utils.lars")
     groups = [{"params": list(kernels)}, {"params": list(others), "weight_decay": 0.0}]
     optimizer: Optimizer = module.LARS(
-        groups, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+        groups,
+        lr=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        trust_coefficient=TRUST,
     )
     return optimizer
 
@@ -64,15 +87,18 @@ def _load_lightly() -> None:
     """Put the packages that hold lightly's modules into place, without what they import."""
     if "lightly.models.utils" in sys.modules:
         return
-    specification = importlib.util.find_spec("lightly")
-    if specification is None or not specification.submodule_search_locations:
-        raise SystemExit('lightly is missing: pip install "bigsimclr[bench]"')
-    root = Path(specification.submodule_search_locations[0])
-    for name in ("lightly", "lightly.loss", "lightly.models", "lightly.models.modules"):
-        package = types.ModuleType(name)
-        package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
-        sys.modules[name] = package
-    sys.modules["lightly.models.utils"] = types.ModuleType("lightly.models.utils")
+    for name in (
+        "lightly",
+        "lightly.loss",
+        "lightly.models",
+        "lightly.models.modules",
+        "lightly.models.utils",
+    ):
+        specification = importlib.util.find_spec(name)
+        if specification is None:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+        # Not executed; with its specification, which others ask for.
+        sys.modules[name] = importlib.util.module_from_spec(specification)
 
 
 def solo_loss(temperature: float) -> Loss:

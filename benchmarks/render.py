@@ -72,6 +72,9 @@ def _facts(result: Result) -> str:
     lines = [f"* Machine: {listed(machine)}."]
     if "settings" in result:
         lines.append(f"* Settings: {listed(result['settings'])}.")
+    if "cut" in result:
+        cut = result["cut"]
+        lines.append(f"* Stopped after {cut['measured']} of {cut['of']} {cut['what']}.")
     return "\n".join([*lines, f"* Commit {commit_of(result)}, `{result['command']}`."])
 
 

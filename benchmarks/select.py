@@ -11,11 +11,11 @@ GB/s count what the fused code moves, 15 times the mixed result and 7 of it forw
 is timed; the plain code moves more for the same. Beside them stands the speed of a copy of 1 GiB.
 Layers that fit into the cache of the GPU (50 MB on an H100) can be faster than that.
 
-Before anything is measured, values and gradients are compared with float64.
+Before anything is measured, values and gradients are compared with float64. The file is written
+after every layer.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,7 +26,9 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from benchmarks.capture import captured
 from benchmarks.machine import machine
+from benchmarks.result_file import ResultFile
 from bigsimclr.models.selective import SelectiveKernel, fuse_selective_kernels
 from bigsimclr.stages.run_directory import source_commit
 
@@ -86,20 +88,6 @@ def errors() -> dict[str, float]:
     return found
 
 
-def captured(work: Callable[[], object]) -> Callable[[], object]:
-    """Return the same work as one launch."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # builds kernels, and chooses among those of others
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
 def seconds(work: Callable[[], object]) -> float:
     """Return what the GPU takes, a mean over ten times."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -144,41 +132,49 @@ def times(
     return found
 
 
-def measure(images: int, rounds: int, peak: float) -> list[dict[str, object]]:
-    """Measure every layer and print the table."""
+def rows_of(
+    network: str, features: int, side: int, *, images: int, rounds: int, peak: float
+) -> list[dict[str, object]]:
+    """Measure a layer, print its lines of the table and return its rows."""
+    found = times(images, features, side, rounds=rounds)
+    unit = 2 * images * features * side * side
     rows: list[dict[str, object]] = []
+    for way, (forward, both) in found.items():
+        median_forward, median = statistics.median(forward), statistics.median(both)
+        speed = PASSES * unit / median
+        rows.append(
+            {
+                "network": network,
+                "features": features,
+                "side": side,
+                "way": way,
+                "median_forward_ms": round(median_forward * 1e3, 4),
+                "median_ms": round(median * 1e3, 4),
+                "min_ms": round(min(both) * 1e3, 4),
+                "gigabytes_per_second": round(speed / 1e9, 1),
+                "forward_share_of_copy": round(FORWARD_PASSES * unit / median_forward / peak, 3),
+                "share_of_copy": round(speed / peak, 3),
+                "time_over_eager": round(median / statistics.median(found["eager"][1]), 3),
+            }
+        )
+        print(
+            f"{network:>11} {features:>8} {side:>4} {way:>8} {median * 1e3:>7.3f} "
+            f"{speed / 1e9:>6.0f} {speed / peak:>6.1%}",
+            flush=True,
+        )
+    return rows
+
+
+def measure(file: ResultFile, *, images: int, rounds: int, peak: float) -> None:
+    """Measure every layer, print the table, and write it after each."""
     print(
         f"{'network':>11} {'features':>8} {'side':>4} {'way':>8} {'ms':>7} {'GB/s':>6} {'copy':>6}"
     )
-    for network, layers in LAYERS.items():
-        for features, side in layers:
-            found = times(images, features, side, rounds=rounds)
-            unit = 2 * images * features * side * side
-            for way, (forward, both) in found.items():
-                median_forward, median = statistics.median(forward), statistics.median(both)
-                speed = PASSES * unit / median
-                rows.append(
-                    {
-                        "network": network,
-                        "features": features,
-                        "side": side,
-                        "way": way,
-                        "median_forward_ms": round(median_forward * 1e3, 4),
-                        "median_ms": round(median * 1e3, 4),
-                        "min_ms": round(min(both) * 1e3, 4),
-                        "gigabytes_per_second": round(speed / 1e9, 1),
-                        "forward_share_of_copy": round(
-                            FORWARD_PASSES * unit / median_forward / peak, 3
-                        ),
-                        "share_of_copy": round(speed / peak, 3),
-                        "time_over_eager": round(median / statistics.median(found["eager"][1]), 3),
-                    }
-                )
-                print(
-                    f"{network:>11} {features:>8} {side:>4} {way:>8} {median * 1e3:>7.3f} "
-                    f"{speed / 1e9:>6.0f} {speed / peak:>6.1%}"
-                )
-    return rows
+    layers = [(network, *layer) for network, some in LAYERS.items() for layer in some]
+    rows: list[dict[str, object]] = []
+    for number, layer in enumerate(layers, start=1):
+        rows += rows_of(*layer, images=images, rounds=rounds, peak=peak)
+        file.write({"results": rows}, measured=number, of=len(layers))
 
 
 def main() -> None:
@@ -191,15 +187,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("benchmarks.select measures a GPU, and there is none here", file=sys.stderr)
         raise SystemExit(2)
-    facts = machine()
+    where = machine()
     wrong = errors()
     peak = copy_speed()
-    result = {
+    facts = {
         "command": f"python -m benchmarks.select --images {arguments.images} "
         f"--rounds {arguments.rounds}",
         "commit": source_commit(),
         "machine": {
-            **facts,
+            **where,
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
             "triton": triton.__version__,
@@ -213,10 +209,13 @@ def main() -> None:
         },
         "relative_errors_against_float64": wrong,
         "copy_gigabytes_per_second": round(peak / 1e9, 1),
-        "results": measure(arguments.images, arguments.rounds, peak),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    measure(
+        ResultFile(arguments.output, facts, "layers"),
+        images=arguments.images,
+        rounds=arguments.rounds,
+        peak=peak,
+    )
 
 
 if __name__ == "__main__":

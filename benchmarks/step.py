@@ -16,7 +16,9 @@ counts; spread is largest less smallest, over the median. On a GPU the clock wai
 step of a turn, and what the others hold rests on the host meanwhile. On a CPU with one thread the
 clock is that of the process, which what else the machine does hardly moves.
 
-Memory, on a GPU only: the most that is allocated in a method's turns, without the views.
+Memory, on a GPU only: the most that is allocated in a method's turns, without the views; with
+--cuda-graph also what the graph keeps for itself, which counts as free. A step before each turn is
+in no figure, nor are those before the race, in which libraries try what suits them.
 
 With --profile, on a GPU only: after the race the profiler watches two more steps of every method,
 and their time is divided by classes of kernels, as `benchmarks.kernel_classes` tells them by name.
@@ -27,8 +29,6 @@ fused, are of the two ceilings that this GPU reached before the race.
 import argparse
 import gc
 import importlib.metadata
-import importlib.util
-import json
 import math
 import statistics
 import sys
@@ -57,6 +57,8 @@ from benchmarks.loops import (
 )
 from benchmarks.machine import machine
 from benchmarks.networks import network
+from benchmarks.peers import has_lightly
+from benchmarks.result_file import ResultFile
 from benchmarks.roofline import Ceilings, floors, measure_ceilings
 from bigsimclr.kernels import Choice
 from bigsimclr.losses.nt_xent import nt_xent
@@ -95,6 +97,7 @@ class Entrant:
     loop: Loop
     losses: list[float]  # of the first steps
     stays: int  # bytes that it holds on the device while it rests
+    recorded: int = 0  # bytes beside them that only its graph may use
     peak: int = 0  # bytes
     last_loss: float = math.nan
     seconds: list[float] = field(default_factory=list)  # of one step, by round
@@ -105,7 +108,7 @@ def enter(
     method: MethodName, case: Case, views: Views, world: World, options: argparse.Namespace
 ) -> Entrant | None:
     """Build a method and let it make its first steps; None if it runs out of memory."""
-    before = _allocated(world.device)
+    before, recorded = _allocated(world.device), kept_by_graphs(world.device)
     try:
         ways = Ways(options.kernels, options.memory, options.cuda_graph)
         loop = build_loop(method, case, views, world, ways=ways, compiled=options.compile)
@@ -113,7 +116,8 @@ def enter(
     except torch.OutOfMemoryError:
         return None
     _move(loop, torch.device("cpu"))
-    return Entrant(loop, losses, stays=_allocated(world.device) - before)
+    stays = _allocated(world.device) - before
+    return Entrant(loop, losses, stays, recorded=kept_by_graphs(world.device) - recorded)
 
 
 def take_turn(entrant: Entrant, device: torch.device, steps: int) -> None:
@@ -132,7 +136,8 @@ def take_turn(entrant: Entrant, device: torch.device, steps: int) -> None:
     losses = [entrant.loop.step() for _ in range(steps)]
     if device.type == "cuda":
         torch.cuda.synchronize()
-        entrant.peak = max(entrant.peak, torch.cuda.max_memory_allocated() - others)
+        peak = torch.cuda.max_memory_allocated() - others + entrant.recorded
+        entrant.peak = max(entrant.peak, peak)
     entrant.seconds.append((_clock(device)() - begin) / steps)
     entrant.last_loss = float(losses[-1])
     if not math.isfinite(entrant.last_loss):
@@ -161,6 +166,20 @@ def _allocated(device: torch.device) -> int:
     gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated()
+
+
+def kept_by_graphs(device: torch.device) -> int:
+    """Return bytes of graphs that are not allocated: activations, in memory of theirs alone.
+
+    A replay does not allocate them, so that no peak has them.
+    """
+    if device.type == "cpu":
+        return 0
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) != (0, 0)  # that is everyone's
+    )
 
 
 def _move(loop: Loop, device: torch.device) -> None:
@@ -291,13 +310,13 @@ def cases_of(options: argparse.Namespace, device: torch.device) -> tuple[Case, .
 
 def installed(methods: Sequence[MethodName]) -> list[MethodName]:
     """Leave out lightly where it is not, and say so."""
-    if importlib.util.find_spec("lightly") is not None:
+    if has_lightly():
         return list(methods)
-    print("lightly is not installed: left out")
     return [method for method in methods if method != "lightly"]
 
 
 def main() -> None:
+    """Race, and write the result file after every case."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -324,29 +343,37 @@ def main() -> None:
     if options.profile and not on_gpu:
         parser.error("--profile: needs a GPU")
     ceilings = measure_ceilings() if on_gpu else None
-    result = {
-        "command": " ".join(["python", "-m", "benchmarks.step", *sys.argv[1:]]),
-        "commit": source_commit(),
-        "device": world.device.type,
-        "machine": where | _versions(options.methods),
-        "settings": {
-            "rounds": options.rounds,
-            "steps": options.steps,
-            "clock": _clock(world.device).__name__,
-            "kernels": options.kernels,
-            "memory": options.memory,
-            "cuda_graph": options.cuda_graph,
-            "strong_is_compiled": options.compile != "none",
-            "strong_compiles": options.compile,
+    file = ResultFile(
+        options.output,
+        {
+            "command": " ".join(["python", "-m", "benchmarks.step", *sys.argv[1:]]),
+            "commit": source_commit(),
+            "device": world.device.type,
+            "machine": where | _versions(options.methods),
+            "settings": settings_of(options, world.device),
+            "ceilings": None if ceilings is None else asdict(ceilings),
         },
-        "ceilings": None if ceilings is None else asdict(ceilings),
-        "cases": [
-            measure(case, options.methods, world, options, ceilings=ceilings)
-            for case in cases_of(options, world.device)
-        ],
+        "cases",
+    )
+    cases = cases_of(options, world.device)
+    found: list[dict[str, object]] = []
+    for case in cases:
+        found.append(measure(case, options.methods, world, options, ceilings=ceilings))
+        file.write({"cases": found}, measured=len(found), of=len(cases))
+
+
+def settings_of(options: argparse.Namespace, device: torch.device) -> dict[str, object]:
+    """Return what a result file says of the command."""
+    return {
+        "rounds": options.rounds,
+        "steps": options.steps,
+        "clock": _clock(device).__name__,
+        "kernels": options.kernels,
+        "memory": options.memory,
+        "cuda_graph": options.cuda_graph,
+        "strong_is_compiled": options.compile != "none",
+        "strong_compiles": options.compile,
     }
-    if options.output is not None:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _versions(methods: Sequence[str]) -> dict[str, str]:

@@ -18,7 +18,6 @@ found here is written into the tables of `bigsimclr.kernels` by hand.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -32,11 +31,13 @@ from typing import Final
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
+from benchmarks.capture import captured
 from benchmarks.machine import machine
 from benchmarks.norm_act import FLUSHED_BYTES, Clock
-from benchmarks.select import captured
+from benchmarks.result_file import ResultFile
 from benchmarks.sweep_cases import Case, loss_cases, update_case, view_cases
 from benchmarks.sweep_norms import norm_cases, select_cases
 from bigsimclr.stages.run_directory import source_commit
@@ -46,8 +47,8 @@ CASES: Final[tuple[Case, ...]] = (
     *loss_cases(),
     *norm_cases(),
     *select_cases(),
-    update_case(),
     *view_cases(),
+    update_case(),  # last, as it holds most memory: weights, gradients and momenta of a network
 )
 CAPABILITY: Final = 90  # where there is no GPU
 SHARED_BYTES: Final = 227 * 1024  # of a block of an H100
@@ -98,6 +99,8 @@ def prepare(number: int, candidate: int) -> Found:
             torch.cuda.synchronize()
         except OutOfResources as error:
             found.dropped = str(error)
+        except torch.OutOfMemoryError:
+            pass  # of the other processes: its launches are built when it is compared
         torch.cuda.empty_cache()  # other processes are beside this one
     return found
 
@@ -143,6 +146,20 @@ def compare(case: Case, found: Sequence[Found], size: str, device: torch.device)
         one.difference = max(one.difference or 0.0, apart)
         if apart > case.tolerance:
             one.dropped = f"differs by {apart:.1e} at {size}"
+
+
+def measure(case: Case, found: Sequence[Found], clock: Clock, *, rounds: int) -> str:
+    """Compare and time the candidates of a case; return what went wrong, or nothing."""
+    try:
+        for size in case.sizes:
+            compare(case, found, size, torch.device("cuda"))
+            time_size(case, found, size, clock, rounds=rounds)
+            torch.cuda.empty_cache()
+    except (RuntimeError, TritonError) as error:  # other cases may go well
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"{case.name}: {said}", flush=True)
+        return said
+    return ""
 
 
 def time_size(case: Case, found: Sequence[Found], size: str, clock: Clock, *, rounds: int) -> None:
@@ -229,8 +246,29 @@ def sides(facts: dict[str, int]) -> str:
     return " ".join(f"{name} {value}" for name, value in facts.items())
 
 
+def sweep(numbers: Sequence[int], file: ResultFile, *, processes: int, rounds: int) -> list[str]:
+    """Build, compare and time some cases, write what is known after each; return what failed."""
+    made = prepare_all(numbers, processes)
+    clock = Clock() if torch.cuda.is_available() else None
+    cases: list[dict[str, object]] = []
+    failed = []
+    for number in numbers:
+        case, found, trouble = CASES[number], made[number], ""
+        if clock is not None:
+            trouble = measure(case, found, clock, rounds=rounds)
+        entry = described(case, found)
+        if trouble:
+            entry |= {"fastest": None, "fastest_over_chosen": None}
+            failed.append(f"{case.name}: {trouble}")
+        elif any(one.dropped.startswith("differs") for one in found):
+            failed.append(f"{case.name}: some candidates compute something else")
+        cases.append({**entry, "trouble": trouble or None})
+        file.write({"cases": cases}, measured=len(cases), of=len(numbers))
+    return failed
+
+
 def main() -> None:
-    """Build, compare, time, and write the result file; after every case, so that none is lost."""
+    """Sweep the cases that are asked for, and exit with 1 if one failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -264,27 +302,10 @@ def main() -> None:
             "shared_bytes_of_a_block": SHARED_BYTES,
         },
     }
-    made = prepare_all(numbers, options.processes)
-    clock = Clock() if has_gpu else None
-    cases: list[dict[str, object]] = []
-    for number in numbers:
-        case, found = CASES[number], made[number]
-        if clock is not None:
-            for size in case.sizes:
-                compare(case, found, size, torch.device("cuda"))
-                time_size(case, found, size, clock, rounds=options.rounds)
-                torch.cuda.empty_cache()
-        cases.append(described(case, found))
-        if options.output is not None:
-            text = json.dumps({**result, "cases": cases}, indent=1) + "\n"
-            options.output.write_text(text, encoding="utf-8")
-    wrong = [
-        CASES[number].name
-        for number in numbers
-        if any(one.dropped.startswith("differs") for one in made[number])
-    ]
-    if wrong:
-        raise SystemExit(f"some candidates compute something else: {'; '.join(wrong)}")
+    file = ResultFile(options.output, result, "cases")
+    failed = sweep(numbers, file, processes=options.processes, rounds=options.rounds)
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

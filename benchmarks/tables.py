@@ -204,11 +204,16 @@ _NORM_ACT_LAYERS = {
 
 
 def norm_act(result: Result) -> list[Table]:
+    layers = ("Each layer", result["layers"], _NORM_ACT_LAYERS)
+    if "cut" in result:
+        return [layers]
     totals = [{"method": way, **ms} for way, ms in result["network_milliseconds"].items()]
-    return [("", totals, _NORM_ACT), ("Each layer", result["layers"], _NORM_ACT_LAYERS)]
+    return [("", totals, _NORM_ACT), layers]
 
 
 def norm_act_times(result: Result) -> Times:
+    if "cut" in result:  # the sum is of all layers
+        return {}
     ways = result["network_milliseconds"].items()
     return {"batch norm": {way: sum(both.values()) for way, both in ways}}
 
@@ -232,6 +237,8 @@ def select(result: Result) -> list[Table]:
 
 def select_times(result: Result) -> Times:
     found: Times = defaultdict(lambda: defaultdict(float))
+    if "cut" in result:  # sums are of all layers of a network
+        return found
     for row in result["results"]:
         found[f"selective kernels of {row['network']}"][row["way"]] += row["median_ms"]
     return found

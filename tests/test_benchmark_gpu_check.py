@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_check import PARTS, SECONDS, Step, run_all
+from benchmarks import gpu_check
+from benchmarks.gpu_check import PARTS, SECONDS, WORKERS, Step, run_all, suited
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +51,31 @@ def test_tests_are_counted(modules: Path) -> None:
     (outcome,) = run_all([Step(60, ("pytest", "-q", "test_some.py"))], 300)
     assert outcome.trouble == "exit status 1"
     assert outcome.counted == {"passed": 2, "failures": 1, "errors": 0, "skipped": 1}
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [
+        ((), []),
+        (("xdist",), ["-n", str(WORKERS)]),
+        (("xdist", "pytest_benchmark"), ["-n", str(WORKERS), "-p", "no:benchmark"]),
+    ],
+)
+def test_tests_run_beside_each_other_where_they_can(
+    installed: tuple[str, ...], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: name if name in installed else None)
+    assert suited() == expected
+
+
+def test_every_test_for_a_gpu_has_its_turn() -> None:
+    steps = [step for part in PARTS.values() for step in part if step.words[0] == "pytest"]
+    paths = {ROOT / word for step in steps for word in step.words if word.startswith("tests/")}
+    files = [file for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text()]
+    own = Path(__file__).resolve()
+    assert len(files) > 10
+    for file in files:
+        assert file == own or paths & {file, *file.parents}, file
 
 
 def test_results_have_names_of_their_own() -> None:

@@ -1,8 +1,13 @@
 """What benchmarks.loss compares: all compute the same, and ratios are of the right things."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from benchmarks import loss
 from benchmarks.loss import errors, forward_backward, inputs, over, rows_of
 from benchmarks.loss_methods import (
     APART,
@@ -66,3 +71,27 @@ def test_rows_compare_with_each_peer_that_ran() -> None:
     assert ours["memory_over"] == {"solo": 0.25}
     assert solo["time_over"] == {"solo": 1.0}
     assert over({"a": 1.0, "strong": 3.0}, "a") == {"strong": 0.3333}
+
+
+def test_a_run_that_is_stopped_keeps_its_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(_losses: object, pairs: int, _device: object, **_way: object) -> object:
+        if pairs > 50:
+            raise KeyboardInterrupt
+        return [{"pairs": pairs, "method": method} for method in ("dense", APART)]
+
+    monkeypatch.setattr(loss, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = tmp_path / "loss.json"
+    words = ["loss", "--pairs", "5", "50", "60", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(KeyboardInterrupt):
+        loss.main()
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert result["cut"] == {"measured": 2, "of": 3, "what": "sizes"}
+    assert [row["pairs"] for row in result["results"]] == [5, 50]
+    assert [row["method"] for row in result["another_problem"]["results"]] == [APART] * 2
+    monkeypatch.setattr(sys, "argv", [*words[:4], *words[5:]])
+    loss.main()
+    assert "cut" not in json.loads(output.read_text(encoding="utf-8"))

@@ -345,6 +345,28 @@ def test_page_of_a_gpu_compares_with_prediction_and_floor(tmp_path: Path) -> Non
     assert "NVIDIA H100 80GB HBM3, some, 16 cores" in text
 
 
+def test_a_profile_says_why_a_step_misses(tmp_path: Path) -> None:
+    def profile(convolution: float, normalisation: float) -> dict[str, object]:
+        busy = convolution + normalisation + 0.1
+        kinds = {"normalisation": normalisation, "convolution": convolution, "loss": 0.1}
+        classes = {
+            kind: {"microseconds": 1e3 * taken, "share": taken / busy}
+            for kind, taken in kinds.items()
+        }
+        return {"busy_milliseconds": busy, "classes": classes}
+
+    content = _case("r50-1x", 256, {"images_per_second": 2560.0}, strong=1.1, lightly=2.5)
+    (case,) = content["cases"]  # type: ignore[misc]
+    case["methods"]["ours"]["profile"] = profile(50.0, 36.4)
+    case["methods"]["strong"]["profile"] = profile(52.0, 60.0)
+    text = " ".join(page(_with(tmp_path, step_r50_1x_gpu=content)).split())
+    ours = "ours takes 100 ms a step, the GPU works 86.5 (convolution 50, normalisation 36.4)"
+    theirs = "strong takes 256 ms a step, the GPU works 112 (normalisation 60, convolution 52)"
+    assert f"*R50-1x, 256 images: speed over the strong baseline's:* {ours}; {theirs}." in text
+    assert f"*R50-1x, 256 images:* {ours}." in text
+    assert "lightly takes" not in text
+
+
 def test_what_runs_out_of_memory_is_missed(tmp_path: Path) -> None:
     ours: dict[str, object] = {"out_of_memory": True}
     text = page(_with(tmp_path, step_selective_gpu=_case("r152-3x-sk", 128, ours)))

@@ -186,3 +186,22 @@ def test_files_of_the_other_kernels(tmp_path: Path) -> None:
         ("batch norm, GPU: eager", pytest.approx(2.0)),
         ("selective kernels of R50 1x SK, GPU: eager", pytest.approx(3.0)),
     ]
+
+
+def test_a_file_that_was_cut_says_so_and_is_not_added_up(tmp_path: Path) -> None:
+    cut = {"measured": 1, "of": 8, "what": "layers"}
+    both = {"forward": {"median_ms": 1.0}, "backward": {"median_ms": 2.0}}
+    stem = {"layer": "stem", "count": 1, "passes": {}, "methods": {"fused": both}}
+    last = {"layer": "last", "count": 3, "passes": {"sums": {"fraction_of_copy": 0.75}}}
+    _write(tmp_path, "norm_act-gpu.json", cut=cut, layers=[stem, last])
+    rows = [
+        {"network": "R50 1x SK", "features": 64, "side": 56, "way": way, "median_ms": 1.5}
+        for way in ("eager", "fused")
+    ]
+    _write(tmp_path, "select-gpu.json", cut=cut, results=rows)
+    text = page(tmp_path)
+    assert text.count("* Stopped after 1 of 8 layers.") == 2
+    assert "| stem | 1 |  | 1.0 | 2.0 |" in text
+    assert "| last | 3 | 0.75 |  |  |" in text
+    assert "| R50 1x SK | 64 | 56 | fused | 1.5 |" in text
+    assert bars(tmp_path) == []

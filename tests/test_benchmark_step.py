@@ -1,9 +1,12 @@
 """What benchmarks.step compares: the plain network, the peers' formulas, and the race itself."""
 
+import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from benchmarks import step
 from benchmarks.loops import (
     LEARNING_RATE,
     MOMENTUM,
@@ -34,6 +38,8 @@ from benchmarks.step import (
     Entrant,
     cases_of,
     check,
+    kept_by_graphs,
+    main,
     measure,
     of_op_roofline,
     reference_losses,
@@ -41,7 +47,7 @@ from benchmarks.step import (
 from bigsimclr.losses.nt_xent import nt_xent, unit_rows
 from bigsimclr.models import build_model
 from bigsimclr.optim import LARS
-from bigsimclr.world import ALONE
+from bigsimclr.world import ALONE, use_device
 
 CPU = torch.device("cpu")
 PLAIN = Ways("plain", "none", cuda_graph=False)
@@ -197,6 +203,51 @@ def test_a_race_on_a_tiny_network() -> None:
     ratios = found["ratios"]
     assert isinstance(ratios, dict)
     assert set(ratios) == {f"ours_over_{method}" for method in methods[1:]}
+
+
+def test_what_a_graph_keeps_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 1000, "allocated_size": 10},
+        {"segment_pool_id": (0, 3), "total_size": 200, "allocated_size": 50},
+        {"segment_pool_id": (0, 3), "total_size": 40, "allocated_size": 40},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert kept_by_graphs(torch.device("cuda")) == 150
+    assert kept_by_graphs(CPU) == 0
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_needs_no_less_than_another() -> None:
+    case = Case("r50-0.5x", batch=32, size=64)
+    world = use_device(ALONE, "cuda")
+    peaks = []
+    for recorded in (False, True):
+        found = measure(case, ["ours", "solo"], world, options(cuda_graph=recorded))["methods"]
+        assert isinstance(found, dict)
+        peaks.append({method: row["peak_bytes"] for method, row in found.items()})
+    # Streams of its own have workspaces of their own.
+    assert 0.9 * peaks[0]["ours"] < peaks[1]["ours"] < 2 * peaks[0]["ours"]
+    assert peaks[1]["solo"] == pytest.approx(peaks[0]["solo"], rel=0.25)
+
+
+def test_a_race_that_is_stopped_keeps_its_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raced(case: Case, *_: object, **__: object) -> dict[str, object]:
+        if case is not TINY:
+            raise KeyboardInterrupt
+        return {"model": case.model}
+
+    output = tmp_path / "step.json"
+    monkeypatch.setattr(step, "cases_of", lambda *_: (TINY, Case("r18-cifar", 4, 32)))
+    monkeypatch.setattr(step, "measure", raced)
+    words = ["step", "--device", "cpu", "--methods", "ours", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert result["cut"] == {"measured": 1, "of": 2, "what": "cases"}
+    assert result["cases"] == [{"model": TINY.model}]
 
 
 def test_the_fraction_of_the_op_roofline() -> None:

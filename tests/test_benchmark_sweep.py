@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.capture import captured
 from benchmarks.norm_act import Clock
 from benchmarks.sweep import (
     CASES,
@@ -18,6 +19,7 @@ from benchmarks.sweep import (
     compare,
     described,
     difference,
+    measure,
     over_chosen,
     time_size,
 )
@@ -108,6 +110,17 @@ def test_a_difference_is_relative_to_the_largest_value() -> None:
     assert difference([torch.empty(0)], [torch.empty(0)]) == 0.0
 
 
+def test_a_case_that_fails_does_not_end_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    def prepare(device: torch.device) -> object:
+        raise torch.OutOfMemoryError(f"no room on {device}\nand more")
+
+    case = replace(case_of("norm_act, apply"), prepare=prepare, sizes={"one": ()})
+    clock = Clock.__new__(Clock)  # its memory is a GPU's
+    trouble = measure(case, nothing_known(case), clock, rounds=2)
+    assert trouble == "OutOfMemoryError: no room on cuda"
+    assert capsys.readouterr().out == f"norm_act, apply: {trouble}\n"
+
+
 def test_the_fastest_over_all_sizes_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     case = case_of("lars, with bf16 copies")
     case = replace(case, candidates=case.candidates[:4])
@@ -156,3 +169,17 @@ def test_candidates_are_timed_on_a_gpu() -> None:
     time_size(case, found, "tiny", Clock(), rounds=3)
     assert all(len(one.milliseconds["tiny"]) == 3 for one in found)
     assert min(min(one.milliseconds["tiny"]) for one in found) > 0
+
+
+@pytest.mark.gpu
+def test_a_captured_update_outlives_what_it_was_made_of() -> None:
+    case = tiny(case_of("lars, with bf16 copies"))
+    given = case.prepare(DEVICE, *case.sizes["tiny"])
+    tiles = [candidate.tiles for candidate in case.candidates[:3]]
+    graphs = [captured(given(one)) for one in tiles]  # each capture frees what can be freed
+    for graph, one in zip(graphs, tiles, strict=True):
+        updated = given(one)()  # weights and momenta, put back before
+        expected = [tensor.clone() for tensor in updated]
+        given(one)
+        graph()
+        assert difference(updated, expected) <= case.tolerance

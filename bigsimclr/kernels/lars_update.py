@@ -25,7 +25,8 @@ class LarsUpdate:
 
     It is made for certain parameters; each call updates those that have a gradient. A call captured
     in a CUDA graph is replayed on the same memory, with the gradients and rates that are there; at
-    least one other call has to come before.
+    least one other call has to come before. The graph reads tables of this object, one of them on
+    the host, by their addresses: keep the object as long as the graph.
 
     Args:
         weights: P tensors of float32, contiguous or channels_last, as every call is given them.

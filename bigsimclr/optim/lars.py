@@ -58,7 +58,8 @@ class LARS(Optimizer):
         fused: Update all groups at once with `bigsimclr.kernels.lars_update`, which needs Triton,
             where every parameter is float32 and none is kept on the host. The rates `lr` then
             become tensors on the device, which `bigsimclr.optim.set_learning_rate` fills, so that a
-            step captured in a CUDA graph follows them.
+            step captured in a CUDA graph follows them. The graph does not keep what it reads:
+            keep the optimizer as long.
 
     Raises:
         ValueError: A setting is impossible.
