@@ -39,13 +39,13 @@ from bigsimclr.engine.graph import GraphedGradients
 from bigsimclr.engine.step import direct_gradients
 from bigsimclr.kernels import Choice, uses_triton
 from bigsimclr.losses import build_loss
-from bigsimclr.models import build_model
+from bigsimclr.models import build_model, restore_model
 from bigsimclr.models.anatomy import Memory
 from bigsimclr.models.cost import Precision
 from bigsimclr.models.memory import save_memory
 from bigsimclr.models.norm import fuse_batch_norm
 from bigsimclr.models.selective import fuse_selective_kernels
-from bigsimclr.models.simclr import parameter_kind
+from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
 from bigsimclr.optim.tensors import tensors_of
 from bigsimclr.parallel import build_strategy
@@ -111,6 +111,12 @@ def initial_weights(case: Case) -> dict[str, Tensor]:
     return build_model(network(case.model), seed=SEED).state_dict()
 
 
+def initial_model(case: Case) -> SimCLR:
+    """Return our network with its own copy of them, in training mode."""
+    weights = {name: tensor.clone() for name, tensor in initial_weights(case).items()}
+    return restore_model(network(case.model), weights).train()
+
+
 def precision_of(method: MethodName, device: torch.device) -> Precision:
     """Return the arithmetic that a method computes in."""
     if device.type == "cpu":
@@ -133,7 +139,7 @@ class OurLoop:
     def __init__(self, case: Case, views: Tensor, world: World, ways: Ways) -> None:
         architecture = network(case.model)
         assert architecture.head is not None
-        model = build_model(architecture, seed=SEED)
+        model = initial_model(case)
         fused = uses_triton(ways.kernels, world.device)
         if fused:
             fuse_batch_norm(model)

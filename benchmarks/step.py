@@ -43,7 +43,6 @@ from torch import Tensor
 
 from benchmarks.kernel_trace import facts, trace
 from benchmarks.loops import (
-    SEED,
     TEMPERATURE,
     Case,
     Compiling,
@@ -52,6 +51,7 @@ from benchmarks.loops import (
     Views,
     Ways,
     build_loop,
+    initial_model,
     precision_of,
     views_of,
 )
@@ -62,7 +62,6 @@ from benchmarks.result_file import ResultFile
 from benchmarks.roofline import Ceilings, floors, measure_ceilings
 from bigsimclr.kernels import Choice
 from bigsimclr.losses.nt_xent import nt_xent
-from bigsimclr.models import build_model
 from bigsimclr.models.anatomy import Memory
 from bigsimclr.stages.run_directory import environment, source_commit
 from bigsimclr.world import ALONE, World, keep_freed_memory, use_device
@@ -80,7 +79,7 @@ DRIFT: Final = 10.0  # times the tolerance, after a few updates
 
 def reference_losses(case: Case, views: Tensor) -> dict[str, float]:
     """Return the first loss of our network in float32, of one forward pass and of two."""
-    model = build_model(network(case.model), seed=SEED).to(views.device).train()
+    model = initial_model(case).to(views.device)
     with torch.no_grad():
         together = model(views).projections[-1].chunk(2)
         apart = [model(view).projections[-1] for view in views.chunk(2)]

@@ -141,6 +141,48 @@ class Convolution(nn.Conv2d):
         """Do nothing: the constructor draws the weights from its own generator."""
 
 
+class FirstConvolution(Convolution):
+    """A convolution of stride 2 over images, padded as all are.
+
+    After `fuse_first_convolution` images of an even size are folded by a kernel before it, unless
+    they want a gradient: the same sums in another order.
+    """
+
+    fused = False
+
+    def __init__(self, out_width: int, *, kernel: int, generator: torch.Generator) -> None:
+        super().__init__(3, out_width, kernel=kernel, stride=2, generator=generator)
+
+    @override
+    def forward(
+        self,
+        images: Tensor,  # [N, 3, H, W]
+    ) -> Tensor:  # [N, C, H / 2, W / 2], rounded up
+        """Convolve."""
+        if self.fused:
+            from bigsimclr.kernels.fold import fold_images, fold_weight, suits
+
+            kernel = self.kernel_size[0]
+            if suits(kernel, images):
+                weight = _weight_of(self)
+                folded = fold_images(images, kernel=kernel, dtype=_computed_in(weight))
+                return F.conv2d(folded, fold_weight(weight))
+        return super().forward(images)
+
+
+def fuse_first_convolution(model: nn.Module) -> None:
+    """Let every `FirstConvolution` in `model` fold its images by `bigsimclr.kernels.fold`."""
+    for module in model.modules():
+        if isinstance(module, FirstConvolution):
+            module.fused = True
+
+
+def _computed_in(weight: Tensor) -> torch.dtype:
+    """Return the type that a convolution with a weight computes in."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class Dense(nn.Linear):
     """A dense layer with weights from N(0, 0.01), or zero without a generator; its bias is zero.
 

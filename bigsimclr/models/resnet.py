@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from bigsimclr.models.anatomy import DEPTHS, EXPANSION, GROUP_WIDTHS, scaled, stem_width
-from bigsimclr.models.layers import Convolution
+from bigsimclr.models.layers import Convolution, FirstConvolution
 from bigsimclr.models.memory import Recomputed
 from bigsimclr.models.norm import BatchNorm
 from bigsimclr.models.selective import SelectiveKernel
@@ -195,7 +195,7 @@ class PooledStem(nn.Sequential):
     def __init__(self, width: int, generator: torch.Generator) -> None:
         half = width // 2
         super().__init__(
-            Convolution(3, half, kernel=3, stride=2, generator=generator),
+            FirstConvolution(half, kernel=3, generator=generator),
             BatchNorm(half),
             nn.ReLU(),
             Convolution(half, half, kernel=3, generator=generator),
@@ -258,7 +258,7 @@ class ResNet(Recomputed):
         elif selective_kernel:
             self.conv1 = PooledStem(in_width, generator)
         else:
-            self.conv1 = Convolution(3, in_width, kernel=7, stride=2, generator=generator)
+            self.conv1 = FirstConvolution(in_width, kernel=7, generator=generator)
         self.bn1 = BatchNorm(in_width)
         self.maxpool = nn.Identity() if stem == "cifar" else SameMaxPool()
 
