@@ -49,21 +49,20 @@ BACKWARD: Final = Tiles(rows=8, columns=8, channels=64, warps=2)
 
 
 @triton.jit
-def _wins(value, best):
-    return (value > best) | (value != value)  # NaN as well
-
-
-@triton.jit
-def _largest_of_row(line, place, channels, is_first, is_second, is_third):
+def _largest_of_row(line, left, width, channel, channels, exists):
     """Return the largest of three neighbours as float32, and which it is."""
+    place = left * channels + channel
+    is_first = exists & (left >= 0) & (left < width)
+    is_second = exists & (left + 1 < width)
+    is_third = exists & (left + 2 < width)
     nothing = -float("inf")  # larger than nothing: the padding behind the end never wins
     value = tl.load(line + place, mask=is_first, other=nothing).to(tl.float32)
     second = tl.load(line + channels + place, mask=is_second, other=nothing).to(tl.float32)
     third = tl.load(line + 2 * channels + place, mask=is_third, other=nothing).to(tl.float32)
-    wins = _wins(second, value) | ~is_first
+    wins = (second > value) | (second != second) | ~is_first  # NaN wins
     value = tl.where(wins, second, value)
     column = tl.where(wins, 1, 0)
-    wins = _wins(third, value)
+    wins = (third > value) | (third != third)
     return tl.where(wins, third, value), tl.where(wins, 2, column)
 
 
@@ -100,48 +99,32 @@ def take_maxima(
         tl.program_id(0), down, across, channels, ROWS, COLUMNS, CHANNELS
     )
     left = 2 * column - width % 2
-    place = left * channels + channel
     is_channel = channel < channels
-    is_first = is_channel & (left >= 0) & (left < width)
-    is_second = is_channel & (left + 1 < width)
-    is_third = is_channel & (left + 2 < width)
     target = column * channels + channel
     is_window = is_channel & (column < across)
 
     top = 2 * begin - height % 2
     step = width.to(tl.int64) * channels  # a row of inputs
     line = inputs + (image * height + top) * step
-    end = tl.minimum(begin + ROWS, down)
-    best, tap = _largest_of_row(
-        line, place, channels, is_first & (top >= 0), is_second & (top >= 0), is_third & (top >= 0)
-    )
-    for row in range(begin, end):
-        middle, middle_tap = _largest_of_row(
-            line + step, place, channels, is_first, is_second, is_third
-        )
-        is_last = top + 2 < height
-        lowest, lowest_tap = _largest_of_row(
-            line + 2 * step,
-            place,
-            channels,
-            is_first & is_last,
-            is_second & is_last,
-            is_third & is_last,
-        )
-        wins = _wins(middle, best) | (top < 0)
+    exists = is_channel & (top >= 0)
+    best, tap = _largest_of_row(line, left, width, channel, channels, exists)
+    for row in range(begin, tl.minimum(begin + ROWS, down)):
+        line += step
+        middle, middle_tap = _largest_of_row(line, left, width, channel, channels, is_channel)
+        line += step
+        exists = is_channel & (top + 2 < height)
+        lowest, lowest_tap = _largest_of_row(line, left, width, channel, channels, exists)
+        wins = (middle > best) | (middle != middle) | (top < 0)
         best = tl.where(wins, middle, best)
         tap = tl.where(wins, 3 + middle_tap, tap)
-        wins = _wins(lowest, best)
+        wins = (lowest > best) | (lowest != lowest)
         best = tl.where(wins, lowest, best)
         begin_of_row = (image * down + row) * across * channels
-        tl.store(
-            outputs + begin_of_row + target, best.to(outputs.dtype.element_ty), mask=is_window
-        )
+        tl.store(outputs + begin_of_row + target, best.to(outputs.dtype.element_ty), mask=is_window)
         if taps is not None:
             tap = tl.where(wins, 6 + lowest_tap, tap)
             tl.store(taps + begin_of_row + target, tap.to(tl.uint8), mask=is_window)
         best, tap = lowest, lowest_tap
-        line += 2 * step
         top += 2
 
 
@@ -150,11 +133,6 @@ def _load_windows(gradient, taps, begin, place, exists):
     """Return the gradients of windows, and their taps; 9 where there is no window."""
     slope = tl.load(gradient + begin + place, mask=exists, other=0.0).to(tl.float32)
     return slope, tl.load(taps + begin + place, mask=exists, other=9).to(tl.int32)
-
-
-@triton.jit
-def _at(slope, tap, own: tl.constexpr):
-    return tl.where(tap == own, slope, 0.0)
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -191,10 +169,10 @@ def pass_gradients(
         gradient, taps, line, place - channels, has_before & is_above
     )
     # What the windows above give to the upper row.
-    above_left = _at(before, before_tap, 8) + _at(slope, tap, 6)
-    above_right = _at(slope, tap, 7)
+    above_left = tl.where(before_tap == 8, before, 0.0) + tl.where(tap == 6, slope, 0.0)
+    above_right = tl.where(tap == 7, slope, 0.0)
     top = 2 * begin - height % 2
-    for row in range(begin, tl.minimum(begin + ROWS, down)):
+    for _ in range(begin, tl.minimum(begin + ROWS, down)):
         line += step
         slope, tap = _load_windows(gradient, taps, line, place, is_window)
         before, before_tap = _load_windows(gradient, taps, line, place - channels, has_before)
@@ -203,16 +181,16 @@ def pass_gradients(
         kind = input_gradient.dtype.element_ty
         is_row = top >= 0
         # One after the other, as PyTorch adds them.
-        above_left += _at(before, before_tap, 2)
-        above_left += _at(slope, tap, 0)
-        above_right += _at(slope, tap, 1)
+        above_left += tl.where(before_tap == 2, before, 0.0)
+        above_left += tl.where(tap == 0, slope, 0.0)
+        above_right += tl.where(tap == 1, slope, 0.0)
         tl.store(upper, above_left.to(kind), mask=is_left & is_row)
         tl.store(upper + channels, above_right.to(kind), mask=is_window & is_row)
-        here_left = _at(before, before_tap, 5) + _at(slope, tap, 3)
+        here_left = tl.where(before_tap == 5, before, 0.0) + tl.where(tap == 3, slope, 0.0)
         tl.store(lower, here_left.to(kind), mask=is_left)
-        tl.store(lower + channels, _at(slope, tap, 4).to(kind), mask=is_window)
-        above_left = _at(before, before_tap, 8) + _at(slope, tap, 6)
-        above_right = _at(slope, tap, 7)
+        tl.store(lower + channels, tl.where(tap == 4, slope, 0.0).to(kind), mask=is_window)
+        above_left = tl.where(before_tap == 8, before, 0.0) + tl.where(tap == 6, slope, 0.0)
+        above_right = tl.where(tap == 7, slope, 0.0)
         top += 2
 
 
