@@ -39,6 +39,7 @@ OURS: Final[dict[str, KernelClass]] = {
     **dict.fromkeys(("normalise", "add_up", "collect", "finish", "slope"), "loss"),
     **dict.fromkeys(("square", "scale", "move"), "optimizer"),
     **dict.fromkeys(("_crop", "_colour", "_soften"), "augmentation"),
+    **dict.fromkeys(("take_maxima", "pass_gradients"), "other"),
 }
 """The kernels that `bigsimclr.kernels` launches, by their whole names."""
 

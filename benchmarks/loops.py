@@ -44,6 +44,7 @@ from bigsimclr.models.anatomy import Memory
 from bigsimclr.models.cost import Precision
 from bigsimclr.models.memory import save_memory
 from bigsimclr.models.norm import fuse_batch_norm
+from bigsimclr.models.resnet import fuse_max_pool
 from bigsimclr.models.selective import fuse_selective_kernels
 from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
@@ -143,6 +144,7 @@ class OurLoop:
         fused = uses_triton(ways.kernels, world.device)
         if fused:
             fuse_batch_norm(model)
+            fuse_max_pool(model)
             fuse_selective_kernels(model)
         save_memory(model, ways.memory)
         self._objective = Contrast(

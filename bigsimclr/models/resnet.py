@@ -27,8 +27,12 @@ class SameMaxPool(nn.Module):
 
     Even sizes are padded by one at the end only, odd sizes on both sides; padding never wins.
 
+    After `fuse_max_pool` inputs of 16 or 32 bits in channels_last pass kernels of our own.
+
     Source: google-research/simclr resnet.py resnet_v1_generator.
     """
+
+    fused = False
 
     @override
     def forward(
@@ -36,6 +40,11 @@ class SameMaxPool(nn.Module):
         inputs: Tensor,  # [N, C, H, W]
     ) -> Tensor:  # [N, C, ceil(H / 2), ceil(W / 2)]
         """Take the maximum of each window."""
+        if self.fused:
+            from bigsimclr.kernels import max_pool
+
+            if max_pool.suits(inputs):
+                return max_pool.max_pool(inputs)
         height, width = inputs.shape[-2:]
         # ceil_mode lets the last window hang over the end, which is the padding at the end.
         return F.max_pool2d(inputs, 3, stride=2, padding=(height % 2, width % 2), ceil_mode=True)
@@ -297,3 +306,13 @@ class ResNet(Recomputed):
     def _pass_stem(self, images: Tensor) -> Tensor:
         hidden: Tensor = self.maxpool(self.bn1(self.conv1(images), relu=True))
         return hidden
+
+
+def fuse_max_pool(model: nn.Module) -> None:
+    """Let every `SameMaxPool` in `model` use the kernels of `bigsimclr.kernels.max_pool`.
+
+    They choose the values that PyTorch chooses, and keep a byte for each where it keeps eight.
+    """
+    for module in model.modules():
+        if isinstance(module, SameMaxPool):
+            module.fused = True

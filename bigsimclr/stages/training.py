@@ -19,6 +19,7 @@ from bigsimclr.errors import DistributedError, RecipeError, Stopped, StorageErro
 from bigsimclr.models import Architecture
 from bigsimclr.models.memory import save_memory
 from bigsimclr.models.norm import fuse_batch_norm
+from bigsimclr.models.resnet import fuse_max_pool
 from bigsimclr.models.selective import fuse_selective_kernels
 from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
@@ -131,6 +132,7 @@ def _choose_code(recipe: AnyTraining, task: Task, world: World) -> None:
     world.check_same("kernels", str(task.inputs.fused))
     if task.inputs.fused:
         fuse_batch_norm(model)
+        fuse_max_pool(model)
         # ZeRO-3 gathers a batch norm's parameters around its own forward pass, which is passed by.
         if recipe.parallel.strategy != "deepspeed_zero3":
             fuse_selective_kernels(model)

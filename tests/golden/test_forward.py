@@ -8,6 +8,7 @@ from bigsimclr.interop.tf_checkpoint import import_checkpoint
 from bigsimclr.interop.tf_names import from_official, official_names
 from bigsimclr.models import build_model
 from bigsimclr.models.norm import fuse_batch_norm
+from bigsimclr.models.resnet import fuse_max_pool
 from bigsimclr.models.selective import fuse_selective_kernels
 from bigsimclr.models.simclr import SimCLR
 from tests.golden.checkpoints import checkpoints
@@ -58,6 +59,7 @@ def network(
     model.load_state_dict(weights, strict=True)
     if fused:
         fuse_batch_norm(model)
+        fuse_max_pool(model)
         fuse_selective_kernels(model)
     return model.to(device, dtype)
 
