@@ -297,6 +297,25 @@ def test_a_fused_pooled_stem_is_the_plain_one(calls: list[tuple[int, ...]]) -> N
 
 
 @pytest.mark.gpu
+def test_each_replay_of_a_graph_moves_the_running_statistics() -> None:
+    one, other = (random_norm(64, fused=True).cuda() for _ in range(2))
+    inputs = drawn(8, 64, 7, 7).cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        one(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one(inputs)
+    for _ in range(2):
+        graph.replay()
+    for _ in range(3):
+        other(inputs)
+    same_bits(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("selective_kernel", [False, True])
 def test_a_fused_network_is_the_plain_one_in_16_bits_of_a_gpu(selective_kernel: bool) -> None:
     found: list[State] = []
