@@ -32,7 +32,7 @@ CLASSES: Final[tuple[KernelClass, ...]] = get_args(KernelClass)
 
 OURS: Final[dict[str, KernelClass]] = {
     **dict.fromkeys(
-        ("measure", "merge", "apply", "reduce", "differentiate"),
+        ("measure", "merge", "apply", "reduce", "join", "differentiate"),
         "normalisation",
     ),
     **dict.fromkeys(("pool", "mix", "mix_backward", "pool_backward"), "selection"),

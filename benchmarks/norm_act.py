@@ -185,7 +185,8 @@ class Clock:
 
 def passes(layer: Layer, views: int, dtype: torch.dtype) -> dict[str, tuple[int, Callable]]:
     """Return bytes and work of each pass of the kernels."""
-    from bigsimclr.kernels.norm_act import differentiate_inputs, norm_act, sum_gradients
+    from bigsimclr.kernels.norm_act import norm_act
+    from bigsimclr.kernels.norm_gradients import differentiate_inputs, sum_gradients
     from bigsimclr.kernels.norm_statistics import batch_statistics
 
     leaves, upstream = drawn(layer, views, dtype)
@@ -195,19 +196,14 @@ def passes(layer: Layer, views: int, dtype: torch.dtype) -> dict[str, tuple[int,
     channels = mean, variance, weight, bias
     way = {"epsilon": EPSILON, "relu": layer.relu}
     outputs = norm_act(inputs, *channels, residual, **way) if layer.is_last else None
-    sums = sum_gradients(upstream, inputs, outputs, channels, **way)
+    sums, gated = sum_gradients(upstream, inputs, outputs, channels, **way)
     size = inputs.nbytes
 
     def differentiate() -> object:
+        # Where there is a residual, the first pass has written what ReLU lets through.
+        gates = layer.relu and not layer.is_last
         return differentiate_inputs(
-            upstream,
-            inputs,
-            outputs,
-            channels,
-            sums,
-            residual_dtype=dtype if layer.is_last else None,
-            ranks=1,
-            **way,
+            gated, inputs, channels, sums, ranks=1, epsilon=EPSILON, relu=gates
         )
 
     return {
@@ -217,10 +213,10 @@ def passes(layer: Layer, views: int, dtype: torch.dtype) -> dict[str, tuple[int,
             lambda: norm_act(inputs, *channels, residual, **way),
         ),
         "sums": (
-            (2 + layer.is_last) * size,
+            (2 + 2 * layer.is_last) * size,
             lambda: sum_gradients(upstream, inputs, outputs, channels, **way),
         ),
-        "gradients": ((3 + 2 * layer.is_last) * size, differentiate),
+        "gradients": (3 * size, differentiate),
     }
 
 

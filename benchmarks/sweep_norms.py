@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.sweep_cases import BF16_ROUNDING, Candidate, Case, Work, number_type
-from bigsimclr.kernels import norm_act, norm_statistics, select
+from bigsimclr.kernels import norm_act, norm_gradients, norm_statistics, select
 from tests.kernels.ahead import Build
 from tests.kernels.builds import (
     norm_act as norm_act_builds,
+    norm_gradients as norm_gradients_builds,
     norm_statistics as norm_statistics_builds,
     select_passes as select_builds,
 )
@@ -63,7 +64,7 @@ def batch_norm(
     ways = {"epsilon": EPSILON, "relu": True}
     outputs = norm_act.normalise(inputs, norm, residual, **ways) if last else None
     known = gradient, inputs, outputs, norm
-    totals = norm_act.sum_gradients(*known, **ways)
+    totals, gated = norm_gradients.sum_gradients(*known, **ways)
 
     def measure(tiles: norm_statistics.Tiles) -> tuple[Tensor, ...]:
         return norm_statistics.batch_statistics(inputs, tiles)
@@ -72,18 +73,14 @@ def batch_norm(
         return (norm_act.normalise(inputs, norm, residual, tiles=tiles, **ways),)
 
     def reduce(tiles: norm_statistics.Tiles) -> tuple[Tensor, ...]:
-        return (norm_act.sum_gradients(*known, tiles=tiles, **ways),)
+        sums, through = norm_gradients.sum_gradients(*known, tiles=tiles, **ways)
+        return (sums, through) if last else (sums,)
 
     def differentiate(tiles: norm_statistics.Tiles) -> tuple[Tensor, ...]:
-        found = norm_act.differentiate_inputs(
-            *known,
-            totals,
-            residual_dtype=inputs.dtype if last else None,
-            ranks=1,
-            tiles=tiles,
-            **ways,
+        found = norm_gradients.differentiate_inputs(
+            gated, inputs, norm, totals, ranks=1, tiles=tiles, epsilon=EPSILON, relu=not last
         )
-        return tuple(tensor for tensor in found if tensor is not None)
+        return (found,)
 
     chosen = {"measure": measure, "apply": apply, "reduce": reduce, "differentiate": differentiate}
     return lambda tiles: partial(chosen[way], tiles)
@@ -104,9 +101,10 @@ def heaviest(way: str, tiles: norm_statistics.Tiles) -> tuple[str, Build]:
     """Return the module and the build with all that a kernel can be given."""
     if way == "measure":
         return "norm_statistics", norm_statistics_builds.measure("bf16", tiles)
-    direction = norm_act_builds.forward if way == "apply" else norm_act_builds.backward
-    found = next(build for build in direction("bf16", {way: tiles}) if build.kernel == way)
-    return "norm_act", found
+    if way == "apply":
+        return "norm_act", norm_act_builds.forward("bf16", tiles)[0]
+    builds = norm_gradients_builds.backward("bf16", **{way: tiles})
+    return "norm_gradients", next(build for build in builds if build.kernel == way)
 
 
 def norm_cases() -> Iterator[Case]:
@@ -117,8 +115,8 @@ def norm_cases() -> Iterator[Case]:
     for way, chosen, changes, tolerance in (
         ("measure", norm_statistics.MEASURE, [*summed, {"stages": 3}, {"stages": 6}], SUMMED),
         ("apply", norm_act.APPLY, each, BF16_ROUNDING),
-        ("reduce", norm_act.REDUCE, [*summed, {"stages": 2}, {"stages": 4}], SUMMED),
-        ("differentiate", norm_act.DIFFERENTIATE, each, BF16_ROUNDING),
+        ("reduce", norm_gradients.REDUCE, [*summed, {"stages": 2}, {"stages": 4}], SUMMED),
+        ("differentiate", norm_gradients.DIFFERENTIATE, each, BF16_ROUNDING),
     ):
         every = [replace(chosen, **change) for change in changes]
         yield Case(

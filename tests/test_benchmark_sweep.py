@@ -23,7 +23,15 @@ from benchmarks.sweep import (
     over_chosen,
     time_size,
 )
-from bigsimclr.kernels import distort, lars, norm_act, norm_statistics, nt_xent, select
+from bigsimclr.kernels import (
+    distort,
+    lars,
+    norm_act,
+    norm_gradients,
+    norm_statistics,
+    nt_xent,
+    select,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = {
@@ -37,8 +45,8 @@ TINY = {
 CHOSEN = {
     "measure": norm_statistics.MEASURE,
     "apply": norm_act.APPLY,
-    "reduce": norm_act.REDUCE,
-    "differentiate": norm_act.DIFFERENTIATE,
+    "reduce": norm_gradients.REDUCE,
+    "differentiate": norm_gradients.DIFFERENTIATE,
     "pool": select.POOL,
     "mix": select.MIX,
     "mix_backward": select.MIX_BACKWARD,

@@ -3,7 +3,7 @@
 Shapes: N images of this rank, C channels, H x W positions, W ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -97,7 +97,7 @@ class BatchNorm(nn.Module):
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=EPSILON
             )
         if self.world.size > 1:
-            return self._over_all_ranks(inputs, *self._statistics(inputs, _own_statistics))
+            return self._over_all_ranks(inputs, *self._join(*_own_statistics(inputs)))
         if self.note is not None:
             self.note.written, self.note.moved = True, self.moves_running_statistics
         if not self.moves_running_statistics:
@@ -125,9 +125,8 @@ class BatchNorm(nn.Module):
 
     def _fuse(self, inputs: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
         from bigsimclr.kernels.norm_act import norm_act
-        from bigsimclr.kernels.norm_statistics import batch_statistics
 
-        mean, variance = self.training_statistics(inputs, batch_statistics)
+        mean, variance = self.training_statistics(inputs)
         return norm_act(
             inputs,
             mean,
@@ -142,16 +141,21 @@ class BatchNorm(nn.Module):
         )
 
     @torch.no_grad()
-    def _statistics(
-        self, inputs: Tensor, measure: Callable[[Tensor], tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Take the statistics of all ranks' inputs, note them, and move the running ones."""
-        mean, variance = _over_ranks(*measure(inputs), self.world)
+    def _join(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Join the ranks' statistics, note them, and move the running ones."""
+        mean, variance = _over_ranks(mean, variance, self.world)
+        if self.moves_running_statistics:
+            # One launch on a GPU.
+            torch._foreach_lerp_(
+                [self.running_mean, self.running_var],
+                [mean.to(self.running_mean.dtype), variance.to(self.running_var.dtype)],
+                MOMENTUM,
+            )
+        return self._noted(mean, variance)
+
+    def _noted(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         if self.note is not None:
             self.note.written, self.note.statistics = True, (mean, variance)
-        if self.moves_running_statistics:
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), MOMENTUM)
-            self.running_var.lerp_(variance.to(self.running_var.dtype), MOMENTUM)
         return mean, variance
 
     def _over_all_ranks(self, inputs: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -171,30 +175,34 @@ class BatchNorm(nn.Module):
             inputs, mean, variance, self.weight, self.bias, training=True, eps=EPSILON
         )
 
-    @torch.no_grad()
     def training_statistics(
         self,
-        inputs: Tensor,  # [N, C] or [N, C, H, W], any memory format
-        compute: Callable[[Tensor], tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor]:  # [C], [C]: mean and biased variance over all ranks
-        """Do what a training forward pass does before it normalises, for code that then does so.
+        inputs: Tensor,  # [N, C], or [N, C, H, W] in channels_last; of 32 or 16 bits
+    ) -> tuple[Tensor, Tensor]:  # [C], [C] float32: mean and biased variance over all ranks
+        """Do what a training forward pass does before it normalises, for kernels that then do so.
 
         Moves the running statistics; a pass made again does not, and returns those of the first.
 
         Args:
             inputs: what will be normalised.
-            compute: returns mean [C] and biased variance [C] of its argument, float32 or float64.
 
         Raises:
             ValueError: a single value per channel, which has no variance.
         """
+        from bigsimclr.kernels.norm_statistics import batch_statistics
+
         if self.note is not None and self.note.statistics is not None:
             return self.note.statistics
         if inputs.numel() * self.world.size == self.channels:
             raise ValueError(
                 f"batch norm needs more than 1 value per channel, got {list(inputs.shape)}"
             )
-        return self._statistics(inputs, compute)
+        running = self.running_mean, self.running_var
+        if self.world.size > 1 or running[0].dtype != torch.float32:
+            return self._join(*batch_statistics(inputs))
+        if not self.moves_running_statistics:
+            return self._noted(*batch_statistics(inputs))
+        return self._noted(*batch_statistics(inputs, running=running, momentum=MOMENTUM))
 
     @override
     def extra_repr(self) -> str:
@@ -239,6 +247,7 @@ def average_running_statistics(model: nn.Module, world: World) -> None:
                 statistics.copy_(world.total(statistics) / world.size)
 
 
+@torch.no_grad()
 def _own_statistics(
     inputs: Tensor,  # [N, C] or [N, C, H, W]
 ) -> tuple[Tensor, Tensor]:  # [C], [C]: mean and variance of one rank, float32 or float64

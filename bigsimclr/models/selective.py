@@ -72,13 +72,12 @@ class SelectiveKernel(nn.Module):
         self,
         streams: Tensor,  # [N, 2F, H, W] before batch norm
     ) -> Tensor:  # [N, F, H, W]
-        from bigsimclr.kernels.norm_statistics import batch_statistics
         from bigsimclr.kernels.select import Handover, Norm, mix, pool
 
         bn = self.bn
         if bn.bias is None:
             raise AssertionError("the batch norm of two streams has a bias")
-        mean, variance = bn.training_statistics(streams, batch_statistics)
+        mean, variance = bn.training_statistics(streams)
         norm = Norm(mean, variance, bn.weight, bn.bias, epsilon=EPSILON, world=bn.world)
         handover = Handover()
         first_mean, second_mean = pool(streams, norm, handover).chunk(2, dim=1)

@@ -9,13 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from bigsimclr.kernels.norm_act import (
-    REDUCE,
-    differentiate_inputs,
-    norm_act,
-    normalise,
-    sum_gradients,
-)
+from bigsimclr.kernels.norm_act import norm_act, normalise
+from bigsimclr.kernels.norm_gradients import REDUCE, differentiate_inputs, sum_gradients
 from bigsimclr.kernels.norm_statistics import Tiles, batch_statistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,18 +98,11 @@ def test_tiles_are_shared_by_programs(rows: int, tiles: Tiles) -> None:
     channels = (*batch_statistics(given["inputs"]), given["weight"], given["bias"])
     way = {"epsilon": EPSILON, "relu": True, "tiles": tiles}
     outputs = normalise(given["inputs"], channels, given["residual"], **way)
-    totals = sum_gradients(upstream, given["inputs"], outputs, channels, **way)
+    totals, gated = sum_gradients(upstream, given["inputs"], outputs, channels, **way)
     slopes = differentiate_inputs(
-        upstream,
-        given["inputs"],
-        outputs,
-        channels,
-        totals,
-        residual_dtype=torch.float32,
-        ranks=1,
-        **way,
+        gated, given["inputs"], channels, totals, ranks=1, **way | {"relu": False}
     )
-    found = dict(zip(expected, (outputs, slopes[0], *totals.flip(0), slopes[1]), strict=True))
+    found = dict(zip(expected, (outputs, slopes, *totals.flip(0), gated), strict=True))
     errors = {name: worst(found[name], expected[name]) for name in expected}
     assert max(errors.values()) < TOLERANCE, errors
 
@@ -137,6 +125,46 @@ def test_a_scale_of_zero(relu: bool) -> None:
     expected = plain(given, upstream, relu=relu)
     assert worst(found["weight"], expected["weight"]) < TOLERANCE
     assert worst(found["residual"], expected["residual"]) == 0
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_residual_of_fewer_bits_gets_the_gradient_rounded_once(
+    dtype: torch.dtype, relu: bool
+) -> None:
+    given = arguments((5, 66, 7, 9), bias=True, residual=True)
+    upstream = drawn(5, 66, 7, 9, seed=4)
+    given["residual"] = given["residual"].round()  # the same numbers in all types
+    wide = fused(given, upstream, relu=relu)
+    given["residual"] = given["residual"].to(dtype)
+    found = fused(given, upstream, relu=relu)
+    assert found["residual"].dtype == dtype
+    assert torch.equal(found["residual"], wide["residual"].to(dtype))
+    for name in ("outputs", "inputs", "weight", "bias"):
+        assert torch.equal(found[name], wide[name])
+
+
+def test_the_gradient_of_a_residual_is_the_upstream_one_or_zero() -> None:
+    given = arguments((300, 70), bias=True, residual=True)
+    upstream = drawn(300, 70, seed=4)
+    found = fused(given, upstream, relu=True)
+    assert torch.equal(found["residual"], torch.where(found["outputs"] > 0, upstream, 0))
+
+
+def test_the_upstream_gradient_is_not_written_to() -> None:
+    for residual, relu in product([True, False], repeat=2):
+        given = arguments((40, 6), bias=True, residual=residual)
+        upstream = drawn(40, 6, seed=4)
+        fused(given, upstream, relu=relu)
+        assert torch.equal(upstream, drawn(40, 6, seed=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_gradients_of_weight_and_bias_are_of_their_types(dtype: torch.dtype) -> None:
+    given = arguments((40, 6), bias=True, residual=True)
+    for name in ("weight", "bias"):
+        given[name] = given[name].half().to(dtype)
+    check(given, drawn(40, 6, seed=4), relu=True, tolerance=1e-3 if dtype.itemsize < 4 else 2e-6)
 
 
 def test_relu_is_shut_at_zero_itself() -> None:
@@ -207,7 +235,7 @@ def test_ranks_sum_in_the_middle_of_the_backward_pass(residual: bool) -> None:
             None if outputs is None else outputs[half],
             channels,
             **way,
-        )
+        )[0]
         for half in halves
     )
     assert isinstance(totals, Tensor)
@@ -309,10 +337,9 @@ def test_more_than_two_to_the_31_values() -> None:
     outputs = norm_act(inputs, *channels, **way)
     end = norm_act(inputs[-part:].clone(), *channels, **way)
     assert torch.equal(outputs[-part:], end)
-    totals = sum_gradients(upstream, inputs, None, channels, **way)
-    slopes, _ = differentiate_inputs(
-        upstream, inputs, None, channels, totals, residual_dtype=None, ranks=1, **way
-    )
+    totals, came = sum_gradients(upstream, inputs, None, channels, **way)
+    assert came is upstream
+    slopes = differentiate_inputs(upstream, inputs, channels, totals, ranks=1, **way)
     normal = (inputs[-part:].float() - mean) * (variance + EPSILON).rsqrt()
     shut = torch.where(normal * weight + bias > 0, upstream[-part:].float(), 0)
     sums = totals / rows

@@ -88,6 +88,45 @@ def test_what_is_not_finite_shows_in_its_channel_alone() -> None:
     assert mean.isfinite().tolist() == [True, True, False, True, False, True]
 
 
+@pytest.mark.parametrize(("rows", "channels"), [(1, 3), (700, 5), (90, 130), (32 * 9, 700)])
+def test_running_statistics_are_moved_as_by_pytorch(rows: int, channels: int) -> None:
+    inputs = drawn(rows, channels)
+    running = drawn(channels, seed=1), drawn(channels, seed=2).square()
+    versions = [values._version for values in running]
+    expected = [values.clone() for values in running]
+    kept = batch_statistics(inputs)
+    found = batch_statistics(inputs, running=running, momentum=0.1)
+    for one, other, moved, values in zip(found, kept, running, expected, strict=True):
+        assert torch.equal(one, other)
+        # One rounding of the largest number on the way: the interpreter rounds the product too.
+        bound = torch.finfo(torch.float32).eps * torch.maximum(one.abs(), values.abs())
+        values.lerp_(one, 0.1)
+        assert bool(((moved - values).abs() <= bound).all())
+    assert [values._version for values in running] == [version + 1 for version in versions]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0])
+def test_running_statistics_that_stay_or_jump(momentum: float) -> None:
+    inputs = drawn(90, 130)
+    running = torch.zeros(130, device=DEVICE), torch.zeros(130, device=DEVICE)
+    found = batch_statistics(inputs, running=running, momentum=momentum)
+    for one, moved in zip(found, running, strict=True):
+        assert torch.equal(moved, momentum * one)
+
+
+def test_running_statistics_that_do_not_fit_are_refused() -> None:
+    inputs, fitting = drawn(8, 3), torch.zeros(3, device=DEVICE)
+    for wrong, what in (
+        (torch.zeros(4, device=DEVICE), r"is \[4\] for inputs of 3 channels"),
+        (torch.zeros(6, device=DEVICE)[::2], r"is \[3\] for inputs of 3 channels"),
+        (fitting.double(), "in float32, not in torch.float64"),
+    ):
+        for running in ((wrong, fitting), (fitting, wrong)):
+            with pytest.raises(ValueError, match=what):
+                batch_statistics(inputs, running=running, momentum=0.1)
+    assert not fitting.any()
+
+
 def test_the_same_bits_twice() -> None:
     inputs = drawn(5, 66, 7, 9)
     first, second = batch_statistics(inputs), batch_statistics(inputs.clone())

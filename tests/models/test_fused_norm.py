@@ -56,9 +56,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     seen: list[tuple[int, ...]] = []
     real = norm_statistics.batch_statistics
 
-    def watched(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def watched(
+        inputs: Tensor, *, running: tuple[Tensor, Tensor] | None = None, momentum: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         seen.append(tuple(inputs.shape))
-        return real(inputs)
+        return real(inputs, running=running, momentum=momentum)
 
     monkeypatch.setattr(norm_statistics, "batch_statistics", watched)
     return seen
@@ -97,6 +99,39 @@ def test_fused_is_plain(
     assert calls == [shape] * 3
     wrong = errors(*found)
     assert max(wrong.values()) < 3e-6, wrong
+
+
+def test_running_statistics_move_once_for_a_batch_and_as_by_pytorch() -> None:
+    one, other = random_norm(4, fused=True), random_norm(4)
+    for seed in range(3):
+        inputs = drawn(3, 4, 5, 2, seed=seed)
+        one(inputs)
+        values = inputs.double().transpose(0, 1).flatten(1)
+        other.running_mean.lerp_(values.mean(1).float(), 0.1)
+        other.running_var.lerp_(values.var(1, correction=0).float(), 0.1)
+        with frozen_running_statistics(one):
+            one(inputs + 1)
+    wrong = errors(dict(one.named_buffers()), dict(other.named_buffers()))
+    assert max(wrong.values()) < 5e-7, wrong
+
+
+def test_running_statistics_of_other_types_move_too() -> None:
+    one, other = random_norm(4, fused=True), random_norm(4, fused=True)
+    one.running_mean, one.running_var = one.running_mean.double(), one.running_var.double()
+    for norm in (one, other):
+        norm(drawn(3, 4, 5, 2))
+    assert one.running_mean.dtype == one.running_var.dtype == torch.float64
+    wrong = errors(dict(one.named_buffers()), dict(other.named_buffers()))
+    assert max(wrong.values()) < 5e-7, wrong
+
+
+def test_a_change_under_a_backward_pass_that_needs_the_running_statistics_is_told() -> None:
+    norm = random_norm(4, fused=True).eval()
+    inputs = drawn(6, 4).requires_grad_()
+    outputs = norm(inputs)
+    norm.train()(drawn(6, 4, seed=1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()
 
 
 def test_fused_is_for_training_in_channels_last_of_at_most_32_bits(
@@ -259,6 +294,25 @@ def test_a_fused_pooled_stem_is_the_plain_one(calls: list[tuple[int, ...]]) -> N
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_each_replay_of_a_graph_moves_the_running_statistics() -> None:
+    one, other = (random_norm(64, fused=True).cuda() for _ in range(2))
+    inputs = drawn(8, 64, 7, 7).cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        one(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one(inputs)
+    for _ in range(2):
+        graph.replay()
+    for _ in range(3):
+        other(inputs)
+    same_bits(one.state_dict(), other.state_dict())
 
 
 @pytest.mark.gpu

@@ -1,11 +1,11 @@
 """Builds of batch statistics: of tensors in 16 and in 32 bits, wide and narrow."""
 
-from bigsimclr.kernels.norm_statistics import MEASURE, Tiles
+from bigsimclr.kernels.norm_statistics import JOINED, JOINING_WARPS, MEASURE, Tiles
 from tests.kernels.ahead import Build
 
-JOINED = 4096
 SIZE = {"rows": "i32", "channels": "i32", "programs": "i32"}
-PARTIAL = {"means": "*fp32", "squares": "*fp32"}
+PARTS = {"parts": "*fp32"}
+RUNNING = ("running_mean", "running_variance")
 
 
 def measure(kind: str, tiles: Tiles = MEASURE, *, channels: int = 256) -> Build:
@@ -13,7 +13,7 @@ def measure(kind: str, tiles: Tiles = MEASURE, *, channels: int = 256) -> Build:
     columns = min(tiles.columns, channels)
     return Build(
         "measure",
-        {"inputs": f"*{kind}", **PARTIAL, **SIZE},
+        {"inputs": f"*{kind}", **PARTS, **SIZE},
         {"ROWS": tiles.values // columns, "COLUMNS": columns, "STAGES": tiles.stages},
         warps=tiles.warps,
         aligned=("channels",) if channels % 16 == 0 else (),
@@ -25,11 +25,15 @@ BUILDS = [
     *(
         Build(
             "merge",
-            {**PARTIAL, "mean": "*fp32", "variance": "*fp32", **SIZE},
-            {"ROWS": 32, "PARTS": parts, "COLUMNS": JOINED // parts},
-            warps=8,
+            {**PARTS, "statistics": "*fp32", "momentum": "fp32", **SIZE, **moved},
+            {"ROWS": 32, "PARTS": parts, "COLUMNS": JOINED // parts, **still},
+            warps=JOINING_WARPS,
             aligned=("channels",),
         )
         for parts in (512, 64, 1)
+        for moved, still in (
+            (dict.fromkeys(RUNNING, "*fp32"), {}),
+            ({}, dict.fromkeys(RUNNING)),
+        )
     ),
 ]
