@@ -36,10 +36,12 @@ OURS: Final[dict[str, KernelClass]] = {
         "normalisation",
     ),
     **dict.fromkeys(("pool", "mix", "mix_backward", "pool_backward"), "selection"),
-    **dict.fromkeys(("normalise", "add_up", "collect", "finish", "slope"), "loss"),
+    **dict.fromkeys(
+        ("normalise", "add_up", "collect", "finish", "slope", "leave_unit_sphere"), "loss"
+    ),
     **dict.fromkeys(("square", "scale", "move"), "optimizer"),
     **dict.fromkeys(("_crop", "_colour", "_soften"), "augmentation"),
-    **dict.fromkeys(("take_maxima", "pass_gradients"), "other"),
+    **dict.fromkeys(("take_maxima", "pass_gradients", "fold"), "other"),
 }
 """The kernels that `bigsimclr.kernels` launches, by their whole names."""
 

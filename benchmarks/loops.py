@@ -42,10 +42,8 @@ from bigsimclr.losses import build_loss
 from bigsimclr.models import build_model, restore_model
 from bigsimclr.models.anatomy import Memory
 from bigsimclr.models.cost import Precision
+from bigsimclr.models.fusing import fuse
 from bigsimclr.models.memory import save_memory
-from bigsimclr.models.norm import fuse_batch_norm
-from bigsimclr.models.resnet import fuse_max_pool
-from bigsimclr.models.selective import fuse_selective_kernels
 from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
 from bigsimclr.optim.tensors import tensors_of
@@ -143,9 +141,7 @@ class OurLoop:
         model = initial_model(case)
         fused = uses_triton(ways.kernels, world.device)
         if fused:
-            fuse_batch_norm(model)
-            fuse_max_pool(model)
-            fuse_selective_kernels(model)
+            fuse(model)
         save_memory(model, ways.memory)
         self._objective = Contrast(
             model,

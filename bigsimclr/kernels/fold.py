@@ -1,10 +1,10 @@
 """Images as a strided first convolution likes them: what a stride of 2 passes over as channels.
 
 A convolution of stride 2 over three channels leaves most of a multiplier's width empty, which
-libraries fill by padding the channels in passes of their own. Folding writes every two by two pixels
-as twelve channels of one position, and four zeros, with the zeros around the image: a convolution
-of stride 1 without padding, whose kernel is half as long, then takes the same sums. The plain code
-is the convolution itself, `bigsimclr.models.layers.FirstConvolution`.
+libraries fill by padding the channels in passes of their own. Folding writes every two by two
+pixels as twelve channels of one position, and four zeros, with the zeros around the image: a
+convolution of stride 1 without padding, whose kernel is half as long, then takes the same sums. The
+plain code is the convolution itself, `bigsimclr.models.layers.FirstConvolution`.
 """
 
 from dataclasses import dataclass

@@ -17,10 +17,8 @@ from bigsimclr.engine.saving import Saver
 from bigsimclr.engine.stop import StopRequest
 from bigsimclr.errors import DistributedError, RecipeError, Stopped, StorageError
 from bigsimclr.models import Architecture
+from bigsimclr.models.fusing import fuse
 from bigsimclr.models.memory import save_memory
-from bigsimclr.models.norm import fuse_batch_norm
-from bigsimclr.models.resnet import fuse_max_pool
-from bigsimclr.models.selective import fuse_selective_kernels
 from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
 from bigsimclr.parallel import MakeOptimizer, Strategy, build_strategy
@@ -131,11 +129,8 @@ def _choose_code(recipe: AnyTraining, task: Task, world: World) -> None:
     model = task.objective.model
     world.check_same("kernels", str(task.inputs.fused))
     if task.inputs.fused:
-        fuse_batch_norm(model)
-        fuse_max_pool(model)
         # ZeRO-3 gathers a batch norm's parameters around its own forward pass, which is passed by.
-        if recipe.parallel.strategy != "deepspeed_zero3":
-            fuse_selective_kernels(model)
+        fuse(model, selective_kernels=recipe.parallel.strategy != "deepspeed_zero3")
     memory = fitting_memory(recipe, task.objective, views=task.views, world=world)
     save_memory(model, memory)
 

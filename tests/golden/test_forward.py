@@ -7,9 +7,7 @@ import torch
 from bigsimclr.interop.tf_checkpoint import import_checkpoint
 from bigsimclr.interop.tf_names import from_official, official_names
 from bigsimclr.models import build_model
-from bigsimclr.models.norm import fuse_batch_norm
-from bigsimclr.models.resnet import fuse_max_pool
-from bigsimclr.models.selective import fuse_selective_kernels
+from bigsimclr.models.fusing import fuse
 from bigsimclr.models.simclr import SimCLR
 from tests.golden.checkpoints import checkpoints
 from tests.golden.forward import (
@@ -58,9 +56,7 @@ def network(
     model = build_model(case.architecture, seed=0)
     model.load_state_dict(weights, strict=True)
     if fused:
-        fuse_batch_norm(model)
-        fuse_max_pool(model)
-        fuse_selective_kernels(model)
+        fuse(model)
     return model.to(device, dtype)
 
 

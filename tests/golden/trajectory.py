@@ -24,9 +24,7 @@ from bigsimclr.interop.tf_checkpoint import import_checkpoint
 from bigsimclr.interop.tf_names import from_official, official_names
 from bigsimclr.losses import build_loss
 from bigsimclr.models import Architecture, build_model
-from bigsimclr.models.norm import fuse_batch_norm
-from bigsimclr.models.resnet import fuse_max_pool
-from bigsimclr.models.selective import fuse_selective_kernels
+from bigsimclr.models.fusing import fuse
 from bigsimclr.models.simclr import SimCLR, parameter_kind
 from bigsimclr.optim import build_optimizer
 from bigsimclr.parallel.precision import Precision
@@ -267,9 +265,7 @@ def follow(
     recipe, plan, model = recipe_of(official), plan_of(official), network(official)
     dtype = torch.float64 if official.is_float64 or float64 else torch.float32
     if fused:
-        fuse_batch_norm(model)
-        fuse_max_pool(model)
-        fuse_selective_kernels(model)
+        fuse(model)
     objective = objective_of(official, model.to(dtype), device, fused=fused)
     if freezes_head:
         model.head.requires_grad_(requires_grad=False)
