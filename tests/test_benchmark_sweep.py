@@ -21,7 +21,7 @@ from benchmarks.sweep import (
     over_chosen,
     time_size,
 )
-from bigsimclr.kernels import distort, lars, norm_act, norm_statistics, nt_xent, select
+from bigsimclr.kernels import distort, lars, max_pool, norm_act, norm_statistics, nt_xent, select
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = {
@@ -29,6 +29,7 @@ TINY = {
     "nt_xent slope": (150,),
     "norm_act": (3, 70, 9, True),
     "select": (3, 70, 7),
+    "max_pool": (1, 20, 9),
     "lars": ("r10-0.0625x-cifar",),
     "distort": (2, 32),
 }
@@ -41,6 +42,8 @@ CHOSEN = {
     "mix": select.MIX,
     "mix_backward": select.MIX_BACKWARD,
     "pool_backward": select.POOL_BACKWARD,
+    "forward": max_pool.FORWARD,
+    "backward": max_pool.BACKWARD,
     "with bf16 copies": lars.TILES,
     "colours": distort.TILES,
     "blur": distort.TILES,
