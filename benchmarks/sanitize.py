@@ -42,6 +42,7 @@ TESTS: Final[dict[str, str]] = {
     "test_norm_act": "test_values_and_gradients",
     "test_norm_statistics": "test_of_one_and_of_several_tiles",
     "test_select": "test_values_and_gradients or test_any_cut_of_the_images",
+    "test_max_pool": "test_values_and_gradients or test_any_tiles",
     "test_lars": "test_it_is_the_plain_update or test_tensors_may_begin_anywhere",
     "test_distort": "test_blur_alone or test_all_orders or test_any_strides",
 }

@@ -39,7 +39,7 @@ from benchmarks.machine import machine
 from benchmarks.norm_act import FLUSHED_BYTES, Clock
 from benchmarks.result_file import ResultFile
 from benchmarks.sweep_cases import Case, loss_cases, update_case, view_cases
-from benchmarks.sweep_norms import norm_cases, select_cases
+from benchmarks.sweep_norms import norm_cases, pool_cases, select_cases
 from bigsimclr.stages.run_directory import source_commit
 from tests.kernels.ahead import build
 
@@ -47,6 +47,7 @@ CASES: Final[tuple[Case, ...]] = (
     *loss_cases(),
     *norm_cases(),
     *select_cases(),
+    *pool_cases(),
     *view_cases(),
     update_case(),  # last, as it holds most memory: weights, gradients and momenta of a network
 )

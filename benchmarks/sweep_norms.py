@@ -1,4 +1,4 @@
-"""The cases of `benchmarks.sweep` that are bound by memory: batch norm, and selective kernels."""
+"""Cases of `benchmarks.sweep` bound by memory: batch norm, selective kernels, and the max-pool."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.sweep_cases import BF16_ROUNDING, Candidate, Case, Work, number_type
-from bigsimclr.kernels import norm_act, norm_gradients, norm_statistics, select
+from bigsimclr.kernels import max_pool, norm_act, norm_gradients, norm_statistics, select
 from tests.kernels.ahead import Build
 from tests.kernels.builds import (
+    max_pool as max_pool_builds,
     norm_act as norm_act_builds,
     norm_gradients as norm_gradients_builds,
     norm_statistics as norm_statistics_builds,
@@ -195,4 +196,53 @@ def select_cases() -> Iterator[Case]:
             partial(streams, way=way),
             GROUPS,
             tolerance,
+        )
+
+
+# --- max-pool ------------------------------------------------------------------------------------
+
+
+def pooling(
+    device: torch.device, images: int, channels: int, side: int, *, backward: bool
+) -> Callable[[max_pool.Tiles], Work]:
+    """Return one pass over what batch norm and ReLU give."""
+    inputs = Drawn(device).images(images, channels, side, side).relu()
+    outputs, taps = max_pool.take_largest(inputs, remembers=True)
+    assert taps is not None
+
+    def forward(tiles: max_pool.Tiles) -> tuple[Tensor, ...]:
+        return tuple(
+            tensor
+            for tensor in max_pool.take_largest(inputs, remembers=True, tiles=tiles)
+            if tensor is not None
+        )
+
+    def differentiate(tiles: max_pool.Tiles) -> tuple[Tensor, ...]:
+        return (max_pool.differentiate_inputs(outputs, taps, (side, side), tiles=tiles),)
+
+    return lambda tiles: partial(differentiate if backward else forward, tiles)
+
+
+STEMS = {"112x112x64": (VIEWS, 64, 112), "112x112x192": (VIEWS, 192, 112)}
+
+
+def pool_cases() -> Iterator[Case]:
+    changes = [{}, {"rows": 4}, {"rows": 14}, {"rows": 28}, {"columns": 4, "warps": 1},
+               {"columns": 16, "warps": 4}, {"warps": 1}, {"rows": 4, "columns": 16, "warps": 4},
+               {"columns": 4, "channels": 128}]  # fmt: skip
+    for way, chosen, build in (
+        ("forward", max_pool.FORWARD, max_pool_builds.forward),
+        ("backward", max_pool.BACKWARD, max_pool_builds.backward),
+    ):
+        every = [replace(chosen, **change) for change in changes]
+        yield Case(
+            "max_pool",
+            way,
+            tuple(
+                Candidate(tiles, asdict(tiles), (("max_pool", build("bf16", tiles)),))
+                for tiles in every
+            ),
+            partial(pooling, backward=way == "backward"),
+            STEMS,
+            0.0,
         )

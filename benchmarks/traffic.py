@@ -42,8 +42,8 @@ epilogue    5 + 8 t: no pass for statistics, and the sums come with the weights'
             the gradient is g times a weight plus a constant, both alike for all positions.
 ideal       5 + 2 t: the last pass is the convolution's way in, where g stands for dz.
 
-*Pools* read and write what goes in and out, both ways. The max-pool keeps an int64 for each
-result; "ideal" finds the maximum again. The mean at the end reads, and spreads its gradient.
+*Pools* read and write what goes in and out, both ways. The max-pool keeps where each maximum was,
+eager in an int64, else in a byte. The mean at the end reads, and spreads its gradient.
 
 Left out: the image's augmentation and cast, casts of weights, the loss, the optimizer.
 """
@@ -77,7 +77,7 @@ _PASSES: Final[dict[Role, tuple[int, int, int, int]]] = {
     "streams": (2 * (5 + 8) + 9 + 24, 7 + 11, 5 + 8, 5 + 2),
 }
 _MEETING_PASSES: Final = (3, 3, 3, 1)
-_INDEX_BYTES: Final = 8
+_INDEX_BYTES: Final = (8, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,7 @@ def _kernels(layer: Layer, tier: Tier, value_bytes: int) -> Iterator[Kernel]:
         case "meeting":
             yield Kernel(0, _MEETING_PASSES[number] * inputs)
         case "max_pool":
-            again = inputs if tier == "ideal" else 2 * layer.outputs * _INDEX_BYTES
-            yield Kernel(0, 2 * (inputs + outputs) + again)
+            yield Kernel(0, 2 * (inputs + outputs + layer.outputs * _INDEX_BYTES[number]))
         case "pool" | "mean":
             yield Kernel(0, 2 * (inputs + outputs))
 

@@ -88,6 +88,7 @@ NAMES = {
         "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
     ],
     "other": [
+        "take_maxima",
         "void at::native::(anonymous namespace)::max_pool_forward_nhwc<c10::BFloat16, int>(...)",
         UNROLLED + "BinaryFunctor<float, float, float, at::native::MulFunctor>, LoadWithCast<2>",
         "triton_per_fused_mean_9",

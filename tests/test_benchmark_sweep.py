@@ -26,6 +26,7 @@ from benchmarks.sweep import (
 from bigsimclr.kernels import (
     distort,
     lars,
+    max_pool,
     norm_act,
     norm_gradients,
     norm_statistics,
@@ -39,6 +40,7 @@ TINY = {
     "nt_xent slope": (150,),
     "norm_act": (3, 70, 9, True),
     "select": (3, 70, 7),
+    "max_pool": (1, 20, 9),
     "lars": ("r10-0.0625x-cifar",),
     "distort": (2, 32),
 }
@@ -51,6 +53,8 @@ CHOSEN = {
     "mix": select.MIX,
     "mix_backward": select.MIX_BACKWARD,
     "pool_backward": select.POOL_BACKWARD,
+    "forward": max_pool.FORWARD,
+    "backward": max_pool.BACKWARD,
     "with bf16 copies": lars.TILES,
     "colours": distort.TILES,
     "blur": distort.TILES,

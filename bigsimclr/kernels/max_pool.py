@@ -49,17 +49,14 @@ BACKWARD: Final = Tiles(rows=8, columns=8, channels=64, warps=2)
 
 
 @triton.jit
-def _largest_of_row(line, left, width, channel, channels, exists):
+def _largest_of_row(line, place, channels, exists, has_first, has_third):
     """Return the largest of three neighbours as float32, and which it is."""
-    place = left * channels + channel
-    is_first = exists & (left >= 0) & (left < width)
-    is_second = exists & (left + 1 < width)
-    is_third = exists & (left + 2 < width)
     nothing = -float("inf")  # larger than nothing: the padding behind the end never wins
-    value = tl.load(line + place, mask=is_first, other=nothing).to(tl.float32)
-    second = tl.load(line + channels + place, mask=is_second, other=nothing).to(tl.float32)
-    third = tl.load(line + 2 * channels + place, mask=is_third, other=nothing).to(tl.float32)
-    wins = (second > value) | (second != second) | ~is_first  # NaN wins
+    value = tl.load(line + place, mask=exists & has_first, other=nothing).to(tl.float32)
+    second = tl.load(line + channels + place, mask=exists, other=nothing).to(tl.float32)
+    third = tl.load(line + 2 * channels + place, mask=exists & has_third, other=nothing)
+    third = third.to(tl.float32)
+    wins = (second > value) | (second != second) | ~has_first  # NaN wins
     value = tl.where(wins, second, value)
     column = tl.where(wins, 1, 0)
     wins = (third > value) | (third != third)
@@ -99,21 +96,22 @@ def take_maxima(
         tl.program_id(0), down, across, channels, ROWS, COLUMNS, CHANNELS
     )
     left = 2 * column - width % 2
-    is_channel = channel < channels
+    place = left * channels + channel
+    has_first, has_third = left >= 0, left + 2 < width
     target = column * channels + channel
-    is_window = is_channel & (column < across)
+    is_window = (channel < channels) & (column < across)
 
     top = 2 * begin - height % 2
     step = width.to(tl.int64) * channels  # a row of inputs
     line = inputs + (image * height + top) * step
-    exists = is_channel & (top >= 0)
-    best, tap = _largest_of_row(line, left, width, channel, channels, exists)
+    exists = is_window & (top >= 0)
+    best, tap = _largest_of_row(line, place, channels, exists, has_first, has_third)
     for row in range(begin, tl.minimum(begin + ROWS, down)):
         line += step
-        middle, middle_tap = _largest_of_row(line, left, width, channel, channels, is_channel)
+        middle, middle_tap = _largest_of_row(line, place, channels, is_window, has_first, has_third)
         line += step
-        exists = is_channel & (top + 2 < height)
-        lowest, lowest_tap = _largest_of_row(line, left, width, channel, channels, exists)
+        exists = is_window & (top + 2 < height)
+        lowest, lowest_tap = _largest_of_row(line, place, channels, exists, has_first, has_third)
         wins = (middle > best) | (middle != middle) | (top < 0)
         best = tl.where(wins, middle, best)
         tap = tl.where(wins, 3 + middle_tap, tap)

@@ -35,7 +35,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 VALUE_BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2}
 _INDEX_BYTES: Final = 8
-"""The max-pool remembers where each maximum was as an int64."""
+"""PyTorch's max-pool remembers where each maximum was as an int64; the fused one, in a byte."""
 _IMAGE_CHANNELS: Final = 3
 
 

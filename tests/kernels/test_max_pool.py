@@ -200,21 +200,20 @@ def test_it_is_differentiated_once() -> None:
         slope.sum().backward()
 
 
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        drawn(2, 3, 4, 4).double(),
-        drawn(2, 3, 4, 4).contiguous(),
-        drawn(2, 3, 4, 4)[0],
-        drawn(2, 3, 4, 4)[..., 0],
-        drawn(0, 3, 4, 4),
-        drawn(2, 3, 4, 4)[:, :, :, 1:],
-    ],
-)
-def test_what_does_not_suit_is_refused(inputs: Tensor) -> None:
-    assert not suits(inputs)
-    with pytest.raises(ValueError, match="the kernels take"):
-        max_pool(inputs)
+def test_what_does_not_suit_is_refused() -> None:
+    inputs = drawn(2, 3, 4, 4)
+    assert suits(inputs)
+    for wrong in (
+        inputs.double(),
+        inputs.contiguous(),
+        inputs[0],
+        inputs[..., 0],
+        inputs[:0],
+        inputs[..., 1:],
+    ):
+        assert not suits(wrong)
+        with pytest.raises(ValueError, match="the kernels take"):
+            max_pool(wrong)
 
 
 # --- in a network ---------------------------------------------------------------------------------
@@ -265,7 +264,7 @@ def stemmed(memory: Memory, *, pooled: bool) -> dict[str, Tensor]:
 def test_a_network_is_the_plain_one(memory: Memory, full_float32: None) -> None:
     found, expected = stemmed(memory, pooled=True), stemmed("none", pooled=False)
     errors = {name: worst(found[name], value.double()) for name, value in expected.items()}
-    assert max(errors.values()) < 1e-5, errors
+    assert max(errors.values()) < 1e-4, errors  # a GPU's convolutions are not repeatable
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
