@@ -21,8 +21,9 @@ from torch.autograd.function import FunctionCtx
 from typing_extensions import override
 
 from bigsimclr.kernels import WIDEST_PROJECTION, is_interpreted
+from bigsimclr.kernels.nt_xent_rows import finish, normalise
 from bigsimclr.kernels.nt_xent_slope import leave_unit_sphere, slope
-from bigsimclr.kernels.nt_xent_sums import add_up, collect, finish, normalise
+from bigsimclr.kernels.nt_xent_sums import add_up, collect
 from bigsimclr.world import World
 
 LOWEST_FIXED: Final = 0.025

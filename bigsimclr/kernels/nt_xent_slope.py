@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from bigsimclr.kernels.nt_xent_rows import SHORTEST
 from bigsimclr.kernels.nt_xent_sums import (
-    SHORTEST,
     fixed_entries,
     listed,
     load_numbers,
