@@ -1,4 +1,4 @@
-"""The Triton kernels before and after NT-Xent's sums; names and shapes are those of `nt_xent_sums`."""
+"""The Triton kernels before and after NT-Xent's sums, with names and shapes of `nt_xent_sums`."""
 
 import triton
 import triton.language as tl
