@@ -213,7 +213,7 @@ class _NormAct(Function):
             None,
             _as_type(own_weight, weight.dtype),
             None if bias is None else _as_type(own_bias, bias.dtype),
-            # Without a ReLU as it came; behind one with its own values or zeros, so that nothing
+            # As it came, or what ReLU let through of it: each value as it came, or zero. Nothing
             # has been rounded before the residual's type does it.
             None if dtype is None else _as_type(upstream if way.relu else gradient, dtype),
             None,
@@ -221,7 +221,7 @@ class _NormAct(Function):
 
 
 def _as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Asking PyTorch for a cast takes the host time, where there is nothing to cast too.
+    # PyTorch's own check that there is nothing to cast takes the host several times as long.
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
