@@ -35,6 +35,9 @@ SUMMING: Final = 264
 """Programs of a launch of the sums: two for each multiprocessor of an H100, which hold no more."""
 SLOPING: Final = 396
 """Programs of the slope's launch, where it has to be cut for them: three for each."""
+LARGEST_WEIGHT: Final = 2.0**14
+"""What an anchor's largest weight becomes in float16, whose numbers go up to 65504."""
+LEAST_WEIGHT: Final = 1e-20
 ROW_VALUES: Final = 2048  # of a program that takes whole rows
 SHORTEST_CHUNK: Final = 4  # tiles of columns; in fewer, a program starts longer than it works
 
@@ -105,7 +108,7 @@ def fused_nt_xent(
         queue: past projections.
         temperature: divides the cosines; dimensionless.
         grade: bf16 multiplies in bfloat16, for gradients to 2e-3; fp32 splits every number into
-            two of bfloat16, for gradients to 5e-6. Positives are float32 in both.
+            two of float16, for gradients to 5e-6. Positives are float32 in both.
         world: the ranks, each with as many pairs, the same queue and the same upstream gradient.
         cut: of both passes; None: what `cut_of` chooses.
 
@@ -128,7 +131,7 @@ def fused_nt_xent(
 class _Operand:
     """Rows as the multipliers take them."""
 
-    units: Tensor  # [.., W], bfloat16; float32 in the interpreter
+    units: Tensor  # [.., W], bfloat16, or float16 with rests; float32 in the interpreter
     rests: Tensor  # [.., W] what was rounded away; `units` again where nothing is split
 
     @property
@@ -175,13 +178,14 @@ class _Fused(Function):
         finish[(triton.cdiv(2 * pairs, side),)](
             sums, tops, positives, losses, weights, shares, pairs, scale, SIDE=side, ONLINE=online
         )
+        boost = _boost(world.gather_views(weights)) if own.split else weights
         all_shares = world.gather_views(shares)
         all_tops = world.gather_views(tops) if online else tops
         queued = own.units.new_empty(0) if past is None else past.units
         ctx.save_for_backward(
             first, second, own.units, own.rests, every.units, every.rests,
             queued, queued if past is None else past.rests,
-            weights, shares, tops, all_shares, all_tops,
+            weights, shares, tops, all_shares, all_tops, boost,
         )  # fmt: skip
         ctx.settings = way, scale, online, own.split  # type: ignore[attr-defined]
         return losses.sum() / pairs
@@ -192,7 +196,7 @@ class _Fused(Function):
         if torch.is_grad_enabled():
             raise RuntimeError("fused NT-Xent is differentiable once")
         first, second, units, rests, columns, column_rests, *others = ctx.saved_tensors  # type: ignore[attr-defined]
-        queue, queue_rests, weights, shares, tops, all_shares, all_tops = others
+        queue, queue_rests, weights, shares, tops, all_shares, all_tops, boost = others
         way, scale, online, split = ctx.settings  # type: ignore[attr-defined]
         (pairs, values), width = first.shape, units.shape[1]
         tiles = way.cut.slope
@@ -205,7 +209,7 @@ class _Fused(Function):
         parts = units.new_empty(count, 2 * pairs, width, dtype=torch.float32)
         slope[(row_tiles, count)](
             units, rests, columns, column_rests, queue, queue_rests,
-            shares, tops, all_shares, all_tops, parts,
+            shares, tops, all_shares, all_tops, boost, parts,
             pairs, len(columns) // 2, len(queue), way.world.rank * pairs, chunk, scale,
             WIDTH=width, ROWS=tiles.rows, COLUMNS=tiles.columns,
             SPLIT=split, HAS_QUEUE=len(queue) > 0, ONLINE=online, EVEN=even,
@@ -218,11 +222,22 @@ class _Fused(Function):
         )
         side = max(1, ROW_VALUES // width)
         leave_unit_sphere[(2 * triton.cdiv(pairs, side),)](
-            parts, weights, first, second, *slopes, gradient,
+            parts, weights, boost, first, second, *slopes, gradient,
             pairs, count, 1.0 / (way.temperature * pairs), first.stride(0), second.stride(0),
-            D=values, WIDTH=width, SIDE=side,
+            D=values, WIDTH=width, SIDE=side, SPLIT=split,
         )  # fmt: skip
         return *slopes, None, None
+
+
+def _boost(
+    weights: Tensor,  # [2N] of all ranks
+) -> Tensor:  # []
+    """Return what derivatives are multiplied by, so that float16 holds them.
+
+    One is at most the sum of two anchors' weights, of which the largest comes to half a float16's
+    range. What is smaller than 2^-38 of the largest is lost.
+    """
+    return LARGEST_WEIGHT / weights.max().clamp(min=LEAST_WEIGHT)
 
 
 def _rows(views: Tensor) -> Tensor:
@@ -234,9 +249,10 @@ def _normalised(first: Tensor, second: Tensor, *, split: bool) -> tuple[_Operand
     """Return unit rows [2B, W] and the cosines [B] of the positives."""
     pairs, values = first.shape
     width = padded_width(values)
-    kind = torch.float32 if is_interpreted() else torch.bfloat16
+    split = split and not is_interpreted()
+    # Unit rows need no range, so that a half has the more digits, and two have those of float32.
+    kind = torch.float16 if split else torch.float32 if is_interpreted() else torch.bfloat16
     units = first.new_empty(2 * pairs, width, dtype=kind)
-    split = split and kind == torch.bfloat16
     rests = torch.empty_like(units) if split else units
     positives = first.new_empty(pairs, dtype=torch.float32)
     side = max(1, ROW_VALUES // width)

@@ -26,7 +26,7 @@ def _entries(scores, by_row, by_column, row_top, column_top, scale, ONLINE: tl.c
 
 @triton.jit
 def _add_products(total, entries, right, right_rest, SPLIT: tl.constexpr):
-    """Add entries times columns; SPLIT keeps the digits that bf16 drops of either."""
+    """Add entries times columns; SPLIT keeps the digits that 16 bits drop of either."""
     rounded = entries.to(right.dtype)
     total = tl.dot(rounded, right, total, input_precision="ieee")
     if SPLIT:
@@ -39,7 +39,7 @@ def _add_products(total, entries, right, right_rest, SPLIT: tl.constexpr):
 @triton.jit
 def _add_tile(
     total, view, number, near_row, left, left_rest, rows, row_rests, row_begin, row_count,
-    columns, column_rests, by_row, row_top, column_shares, column_tops, count, scale,
+    columns, column_rests, by_row, row_top, column_shares, column_tops, boosted, count, scale,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, ONLINE: tl.constexpr, EVEN: tl.constexpr,
     MARKED: tl.constexpr, QUEUED: tl.constexpr,
@@ -55,7 +55,7 @@ def _add_tile(
     )
     by_column = tl.zeros([COLUMNS], tl.float32)
     if not QUEUED:
-        by_column = load_numbers(column_shares, begin, count - start, COLUMNS, EVEN)
+        by_column = load_numbers(column_shares, begin, count - start, COLUMNS, EVEN) * boosted
     column_top = by_column
     if ONLINE:
         if not QUEUED:
@@ -69,16 +69,17 @@ def _add_tile(
     if MARKED:
         same = (near_row - start + tl.arange(0, ROWS))[:, None] == column[None, :]
         entries = tl.where(same, 0.0, entries)
-    if ONLINE:  # else beyond the end are zeros to multiply with, and entries are finite
-        if not EVEN:
-            entries = tl.where((column < count - start)[None, :], entries, 0.0)
+    if (
+        not EVEN
+    ):  # what is there might overflow 16 bits, and the zeros to multiply with would not do
+        entries = tl.where((column < count - start)[None, :], entries, 0.0)
     return _add_products(total, entries, right, right_rest, SPLIT)
 
 
 @triton.jit
 def slope(
     rows, row_rests, columns, column_rests, queue, queue_rests,
-    shares, tops, column_shares, column_tops, parts,
+    shares, tops, column_shares, column_tops, boost, parts,
     pairs, column_pairs, queued, position, chunk, scale,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, HAS_QUEUE: tl.constexpr, ONLINE: tl.constexpr, EVEN: tl.constexpr,
@@ -93,6 +94,7 @@ def slope(
         queue, queue_rests: [Q, W].
         shares, tops: [2B], of the rows; tops ONLINE only.
         column_shares, column_tops: [2N].
+        boost: [], multiplies what goes into the parts, SPLIT only.
         parts: [P, 2B, W] out: derivatives by the unit rows, but for the factor 1 / T.
         position: of the first row.
         chunk: column tiles of a program.
@@ -100,7 +102,10 @@ def slope(
     own_view, row_start = place(tl.program_id(0), pairs, ROWS)
     row_begin, row_count = own_view * pairs + row_start, pairs - row_start
     left, left_rest = load_rows(rows, row_rests, row_begin, row_count, ROWS, WIDTH, SPLIT, EVEN)
-    by_row = load_numbers(shares, row_begin, row_count, ROWS, EVEN)
+    boosted = 1.0
+    if SPLIT:
+        boosted = tl.load(boost)
+    by_row = load_numbers(shares, row_begin, row_count, ROWS, EVEN) * boosted
     row_top = by_row
     if ONLINE:
         row_top = load_numbers(tops, row_begin, row_count, ROWS, EVEN)
@@ -114,14 +119,16 @@ def slope(
         view, number = listed(index, first, near, per_view, MARKED=True)
         total = _add_tile(
             total, view, number, near_row, left, left_rest, rows, row_rests, row_begin, row_count,
-            columns, column_rests, by_row, row_top, column_shares, column_tops, column_pairs, scale,
+            columns, column_rests, by_row, row_top, column_shares, column_tops, boosted,
+            column_pairs, scale,
             WIDTH, ROWS, COLUMNS, SPLIT, ONLINE, EVEN, MARKED=True, QUEUED=False,
         )  # fmt: skip
     for index in range(tl.maximum(begin, 2 * near), tl.minimum(end, 2 * per_view)):
         view, number = listed(index, first, near, per_view, MARKED=False)
         total = _add_tile(
             total, view, number, near_row, left, left_rest, rows, row_rests, row_begin, row_count,
-            columns, column_rests, by_row, row_top, column_shares, column_tops, column_pairs, scale,
+            columns, column_rests, by_row, row_top, column_shares, column_tops, boosted,
+            column_pairs, scale,
             WIDTH, ROWS, COLUMNS, SPLIT, ONLINE, EVEN, MARKED=False, QUEUED=False,
         )  # fmt: skip
     if HAS_QUEUE:
@@ -130,7 +137,7 @@ def slope(
         for number in range(begin, end):
             total = _add_tile(
                 total, 0, number, 0, left, left_rest, rows, row_rests, row_begin, row_count,
-                queue, queue_rests, by_row, row_top, shares, tops, queued, scale,
+                queue, queue_rests, by_row, row_top, shares, tops, boosted, queued, scale,
                 WIDTH, ROWS, COLUMNS, SPLIT, ONLINE, EVEN=False, MARKED=False, QUEUED=True,
             )  # fmt: skip
     row = tl.arange(0, ROWS)[:, None]
@@ -143,6 +150,7 @@ def slope(
 def leave_unit_sphere(
     parts,  # [P, 2B, W]
     weights,  # [2B]
+    boost,  # [], SPLIT only: the parts are as many times too large
     first,  # [B, D] projections
     second,  # [B, D]
     first_slope,  # [B, D] out; both may lie where the only part does
@@ -156,6 +164,7 @@ def leave_unit_sphere(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     SIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Turn the negatives' parts into the gradient of projections, whose positives stay float32."""
     view, row_start = place(tl.program_id(0), pairs, SIDE)
@@ -167,6 +176,8 @@ def leave_unit_sphere(
     for part in range(count):
         at = (tl.cast(part, tl.int64) * 2 * pairs + row)[:, None] * WIDTH + width
         total += tl.load(parts + at, mask=is_row[:, None], other=0.0)
+    if SPLIT:
+        total *= 1.0 / tl.load(boost)
     weight = tl.load(weights + row, mask=is_row, other=0.0)
     weight += tl.load(weights + (1 - 2 * view) * pairs + row, mask=is_row, other=0.0)
     at = inside.to(tl.int64)[:, None]

@@ -90,7 +90,7 @@ def listed(index, first, near, per_view, MARKED: tl.constexpr):
 
 @triton.jit
 def _products(left, left_rest, right, right_rest, SPLIT: tl.constexpr):
-    """Multiply rows with columns; SPLIT adds what bf16 left of either, for float32's digits."""
+    """Multiply rows with columns; SPLIT adds what 16 bits left of either, for float32's digits."""
     right_ = tl.trans(right)
     product = tl.dot(left, right_, input_precision="ieee")
     if SPLIT:

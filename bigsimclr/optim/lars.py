@@ -7,6 +7,7 @@ changes, that is at every step of a schedule.
 Source: google-research/simclr lars_optimizer.py, tf2/lars_optimizer.py; arXiv 1708.03888.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, overload
 
@@ -91,15 +92,23 @@ class LARS(Optimizer):
         self._squared_norms = squared_norms
         self._is_fused = fused
         self._copies: Mapping[Tensor, Tensor] = {}
-        self._settings: list[tuple[float, bool]] = []
+        self._settings: list[tuple[int, float, bool]] = []  # of groups, and their parameters
         self._kernels: LarsUpdate | None = None  # for parameters of these settings
+        self._working: list[Tensor | None] = []  # copies of the parameters in their order
         super().__init__(params, {"lr": learning_rate, "weight_decay": 0.0, "adapt": True})
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy consists of; it makes kernels of its own."""
         own = {name: value for name, value in vars(self).items() if name in _OWN}
-        return {**super().__getstate__(), **own, "_copies": {}, "_settings": [], "_kernels": None}
+        return {
+            **super().__getstate__(),
+            **own,
+            "_copies": {},
+            "_settings": [],
+            "_kernels": None,
+            "_working": [],
+        }
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -150,27 +159,33 @@ class LARS(Optimizer):
         from bigsimclr.kernels.lars_update import LarsUpdate
 
         parameters = self._parameters()
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        settings = [(group["weight_decay"], group["adapt"]) for group in groups]
+        settings = [
+            (len(group["params"]), group["weight_decay"], group["adapt"])
+            for group in self.param_groups
+        ]
         if self._kernels is None or settings != self._settings:
             self._settings = settings
             self._kernels = LarsUpdate(
                 parameters,
-                weight_decays=[weight_decay for weight_decay, _ in settings],
-                adapts=[adapt for _, adapt in settings],
+                weight_decays=[decay for count, decay, _ in settings for _ in range(count)],
+                adapts=[adapt for count, _, adapt in settings for _ in range(count)],
                 momentum=self.momentum,
                 trust_coefficient=self.trust_coefficient,
                 nesterov=self.nesterov,
                 classic=self.classic,
                 squared_norms=self._squared_norms,
             )
+            self._working = [self._copies.get(parameter) for parameter in parameters]
         self._rates_to(parameters[0].device)
+        # To look each parameter up takes longer than to see that the state is in their order.
+        if not all(map(operator.is_, self.state, parameters)):
+            self.state = {parameter: self.state[parameter] for parameter in parameters}
         self._kernels.update(
             weights=parameters,
             gradients=[parameter.grad for parameter in parameters],
-            momenta=[self.state[parameter]["momentum"] for parameter in parameters],
-            rates=[group["lr"] for group in groups],
-            working=[self._copies.get(parameter) for parameter in parameters],
+            momenta=[state["momentum"] for state in self.state.values()],
+            rates=[group["lr"] for group in self.param_groups for _ in group["params"]],
+            working=self._working,
         )
 
     def writes_copies(self, copies: Mapping[Tensor, Tensor]) -> bool:
@@ -185,6 +200,7 @@ class LARS(Optimizer):
         if not self._is_fused or any(c.dtype != torch.bfloat16 for c in copies.values()):
             return False
         self._copies = dict(copies)
+        self._kernels = None
         return True
 
     def _parameters(self) -> list[Tensor]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bigsimclr.kernels.nt_xent import LARGEST_WEIGHT
 from bigsimclr.losses.nt_xent import nt_xent, unit_rows
 from bigsimclr.world import ALONE, World
 from tests.distributed.ranks import on_ranks
@@ -184,11 +185,13 @@ def test_ranks_find_the_gradient_of_all(size: int, temperature: float) -> None:
 def emulated(
     first: Tensor, second: Tensor, *, temperature: float, split: bool
 ) -> tuple[float, Tensor]:
-    """The kernels' arithmetic in plain PyTorch, which rounds to bfloat16 where they do."""
+    """The kernels' arithmetic in plain PyTorch, which rounds to 16 bits where they do."""
 
     def halves(values: Tensor) -> list[Tensor]:
-        high = values.bfloat16().float()
-        return [high, (values - high).bfloat16().float()] if split else [high]
+        if not split:
+            return [values.bfloat16().float()]
+        high = values.half().float()
+        return [high, (values - high).half().float()]
 
     def multiply(left: list[Tensor], right: list[Tensor]) -> Tensor:
         product = left[0] @ right[0]
@@ -205,7 +208,9 @@ def emulated(
     entries[image[:, None] == image[None, :]] = 0.0
     sums, own = entries.sum(1), ((positives - 1) / temperature).exp()
     losses, shares, weights = torch.log1p(sums / own), 1 / (sums + own), sums / (sums + own)
-    slopes = multiply(halves(entries * (shares[:, None] + shares[None, :])), halves(units))
+    boost = LARGEST_WEIGHT / weights.max() if split else 1.0
+    slopes = multiply(halves(entries * (shares[:, None] + shares[None, :]) * boost), halves(units))
+    slopes /= boost
     slopes = (slopes - (weights + weights.roll(pairs))[:, None] * partner) / (temperature * pairs)
     slopes -= units * (units * slopes).sum(1, keepdim=True)
     return float(losses.sum() / pairs), (slopes / rows.norm(dim=1, keepdim=True)).double()
@@ -230,6 +235,20 @@ def test_the_arithmetic_of_a_gpu_emulated(
     expected, slopes = measured(first, second, temperature=temperature, fused=None, upstream=1.0)
     assert value == pytest.approx(expected, rel=bounds[0])
     assert (gradient - slopes).norm() < bounds[1] * slopes.norm()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "values", "apart", "temperature"),
+    [(5, 7, 0.3, 0.1), (37, 32, 0.5, 0.05), (37, 32, 0.5, 0.025), (64, 128, 0.05, 0.05)],
+)
+def test_few_and_saturated_views_emulated(
+    pairs: int, values: int, apart: float, temperature: float
+) -> None:
+    first, second = views(pairs, values, apart=apart)
+    value, gradient = emulated(first, second, temperature=temperature, split=True)
+    expected, slopes = measured(first, second, temperature=temperature, fused=None, upstream=1.0)
+    assert value == pytest.approx(expected, rel=VALUE)
+    assert (gradient - slopes).norm() < GRADIENT * slopes.norm()
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ def sums(
     numbers = ["pairs", "column_pairs", "position", "first_tile", "stripe"]
     return Build(
         "add_up",
-        dict.fromkeys(names, "*bf16")
+        dict.fromkeys(names, "*fp16" if split else "*bf16")
         | dict.fromkeys(["pieces", "largest", "mirrored"], "*fp32")
         | dict.fromkeys(numbers, "i32")
         | {"scale": "fp32"},
@@ -55,11 +55,11 @@ def slope(
 ) -> Build:
     tiles = tiles or slope_tiles(width, split=split)
     halves = ["rows", "row_rests", "columns", "column_rests", "queue", "queue_rests"]
-    singles = ["shares", "tops", "column_shares", "column_tops", "parts"]
+    singles = ["shares", "tops", "column_shares", "column_tops", "boost", "parts"]
     numbers = ["pairs", "column_pairs", "queued", "position", "chunk"]
     return Build(
         "slope",
-        dict.fromkeys(halves, "*bf16")
+        dict.fromkeys(halves, "*fp16" if split else "*bf16")
         | dict.fromkeys(singles, "*fp32")
         | dict.fromkeys(numbers, "i32")
         | {"scale": "fp32"},
@@ -77,14 +77,23 @@ def slope(
     )
 
 
-def _leave_unit_sphere(width: int) -> Build:
-    pointers = ["parts", "weights", "first", "second", "first_slope", "second_slope", "upstream"]
+def _leave_unit_sphere(width: int, *, split: bool) -> Build:
+    pointers = [
+        "parts",
+        "weights",
+        "boost",
+        "first",
+        "second",
+        "first_slope",
+        "second_slope",
+        "upstream",
+    ]
     return Build(
         "leave_unit_sphere",
         dict.fromkeys(pointers, "*fp32")
         | dict.fromkeys(["pairs", "count", "first_stride", "second_stride"], "i32")
         | {"factor": "fp32"},
-        {"D": width, "WIDTH": width, "SIDE": ROW_VALUES // width},
+        {"D": width, "WIDTH": width, "SIDE": ROW_VALUES // width, "SPLIT": split},
     )
 
 
@@ -92,7 +101,7 @@ def _normalise(width: int, *, split: bool) -> Build:
     return Build(
         "normalise",
         dict.fromkeys(["first", "second", "positives"], "*fp32")
-        | dict.fromkeys(["units", "rests"], "*bf16")
+        | dict.fromkeys(["units", "rests"], "*fp16" if split else "*bf16")
         | dict.fromkeys(["pairs", "first_stride", "second_stride"], "i32"),
         {"D": width, "WIDTH": width, "SIDE": ROW_VALUES // width, "SPLIT": split},
     )
@@ -122,7 +131,7 @@ BUILDS = [
     slope(128, split=False, even=False),
     slope(128, split=False, online=True, has_queue=True),
     slope(128, split=True, has_queue=True),
-    *(_leave_unit_sphere(width) for width in WIDTHS),
+    *(_leave_unit_sphere(width, split=width == 128) for width in WIDTHS),
     _normalise(128, split=False),
     _normalise(512, split=True),
     *(
