@@ -179,7 +179,9 @@ class LARS(Optimizer):
         self._rates_to(parameters[0].device)
         # To look each parameter up takes longer than to see that the state is in their order.
         if not all(map(operator.is_, self.state, parameters)):
-            self.state = {parameter: self.state[parameter] for parameter in parameters}
+            in_order = {parameter: self.state[parameter] for parameter in parameters}
+            self.state.clear()
+            self.state.update(in_order)
         self._kernels.update(
             weights=parameters,
             gradients=[parameter.grad for parameter in parameters],

@@ -295,3 +295,20 @@ def test_a_captured_step_follows_rates_and_gradients(classic: bool) -> None:
     found = followed(captured=True, classic=classic)
     expected = followed(captured=False, classic=classic)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_state_in_another_order_is_followed() -> None:
+    steps = []
+    for turned in (False, True):
+        weights = [torch.full((3 + n,), 1.0 + n, device=DEVICE).requires_grad_() for n in range(3)]
+        optimizer = LARS([{"params": weights, "adapt": False}], learning_rate=0.1, fused=True)
+        if turned:
+            state = dict(reversed(list(optimizer.state.items())))
+            optimizer.state.clear()
+            optimizer.state.update(state)
+        for factor in (1.0, 2.0):
+            for number, weight in enumerate(weights):
+                weight.grad = torch.full_like(weight, factor * (1 + number))
+            optimizer.step()
+        steps.append([weight.detach().clone() for weight in weights])
+    assert all(torch.equal(one, other) for one, other in zip(*steps, strict=True))
