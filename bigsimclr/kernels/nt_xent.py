@@ -35,6 +35,9 @@ SUMMING: Final = 264
 """Programs of a launch of the sums: two for each multiprocessor of an H100, which hold no more."""
 SLOPING: Final = 396
 """Programs of the slope's launch, where it has to be cut for them: three for each."""
+COLLECTED: Final = (
+    32  # rows of a program that adds pieces up: it waits for memory, so they are many
+)
 LARGEST_WEIGHT: Final = 2.0**14
 """What an anchor's largest weight becomes in float16, whose numbers go up to 65504."""
 LEAST_WEIGHT: Final = 1e-20
@@ -188,7 +191,7 @@ class _Fused(Function):
             weights, shares, tops, all_shares, all_tops, boost,
         )  # fmt: skip
         ctx.settings = way, scale, online, own.split  # type: ignore[attr-defined]
-        return losses.sum() / pairs
+        return losses.sum()
 
     @staticmethod
     @override
@@ -280,13 +283,14 @@ def _sums(
     way: _Way,
 ) -> tuple[Tensor, Tensor]:
     """Return the sums [2B] of every anchor's negatives, and the cosines [2B] subtracted before."""
-    sums = own.units.new_zeros(len(own.units), dtype=torch.float32)
-    tops = sums.new_full(sums.shape if online else (0,), -math.inf)
+    sums = own.units.new_empty(len(own.units), dtype=torch.float32)
+    tops = sums.new_empty(sums.shape if online else (0,))
     position = way.world.rank * (len(own.units) // 2)
     launch = _Sums(own, sums, tops, scale=scale, position=position, cut=way.cut)
-    launch.add(every, views=2, symmetric=way.world.size == 1 and not online)
+    symmetric = way.world.size == 1 and not online
+    launch.add(every, views=2, symmetric=symmetric, is_first=True)
     if past is not None:
-        launch.add(past, views=1, symmetric=False)
+        launch.add(past, views=1, symmetric=False, is_first=False)
     return sums, tops
 
 
@@ -301,7 +305,7 @@ class _Sums:
     position: int
     cut: Cut
 
-    def add(self, columns: _Operand, *, views: int, symmetric: bool) -> None:
+    def add(self, columns: _Operand, *, views: int, symmetric: bool, is_first: bool) -> None:
         """Add all of some columns, a band of rows after the other where each serves both sides."""
         count, width = self.own.units.shape
         pairs, column_pairs = count // 2, len(columns.units) // views
@@ -330,8 +334,10 @@ class _Sums:
                 num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
             is_last = start + rows >= row_tiles
-            collect[(row_tiles,)](
+            side = min(COLLECTED, tiles.rows)
+            collect[(2 * triton.cdiv(pairs, side),)](
                 pieces, largest, mirrored, self.sums, self.tops,
                 pairs, stripes if is_last else 0, start, rows, self.scale,
-                SIDE=tiles.rows, SYMMETRIC=symmetric, ONLINE=online,
+                TILE=tiles.rows, SIDE=side, FIRST=is_first and start == 0,
+                SYMMETRIC=symmetric, ONLINE=online,
             )  # fmt: skip

@@ -55,7 +55,7 @@ def finish(
     sums,  # [2B] of the negatives' entries
     tops,  # [2B] in and out, ONLINE only: the cosine that was subtracted
     positives,  # [B] cosines
-    losses,  # [2B] out
+    losses,  # [2B] out: of each anchor, over B
     weights,  # [2B] out: share of the negatives in negatives and positive together
     shares,  # [2B] out: the weight over the negatives' sum
     pairs,
@@ -90,7 +90,7 @@ def finish(
         loss = tl.where(is_large, large, _log1p(ratio))
         share = 1.0 / (total + entry)
         weight = total * share
-    tl.store(losses + row, loss, mask=known)
+    tl.store(losses + row, loss / pairs, mask=known)
     tl.store(weights + row, weight, mask=known)
     tl.store(shares + row, share, mask=known)
 

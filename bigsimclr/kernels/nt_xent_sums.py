@@ -271,26 +271,35 @@ def collect(
     pieces,  # [stripes, 2B]
     largest,  # [stripes, 2B], ONLINE only
     mirrored,  # [band, 2B], SYMMETRIC only
-    sums,  # [2B] in and out
-    tops,  # [2B] in and out, ONLINE only
+    sums,  # [2B] in and out; only out where FIRST
+    tops,  # [2B] likewise, ONLINE only
     pairs,
     stripes,
     first_tile,  # of the band
     band,
     scale,
+    TILE: tl.constexpr,
     SIDE: tl.constexpr,
+    FIRST: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     ONLINE: tl.constexpr,
 ):
-    """Add pieces to the sums, always in the same order."""
-    tile = tl.program_id(0)
-    view, row_start = place(tile, pairs, SIDE)
+    """Add pieces to the sums of SIDE rows of a TILE, always in the same order.
+
+    The FIRST pieces find nothing there.
+    """
+    view, row_start = place(tl.program_id(0), pairs, SIDE)
+    tile = view * tl.cdiv(pairs, TILE) + row_start // TILE
     inside = row_start + tl.arange(0, SIDE)
     is_row = inside < pairs
     row = (view * pairs + inside).to(tl.int64)
-    total = tl.load(sums + row, mask=is_row, other=0.0)
+    total = tl.zeros([SIDE], tl.float32)
+    if not FIRST:
+        total = tl.load(sums + row, mask=is_row, other=0.0)
     if ONLINE:
-        top = tl.load(tops + row, mask=is_row, other=float("-inf"))
+        top = tl.full([SIDE], float("-inf"), tl.float32)
+        if not FIRST:
+            top = tl.load(tops + row, mask=is_row, other=float("-inf"))
         for number in range(stripes):
             at = tl.cast(number, tl.int64) * 2 * pairs + row
             next_top = tl.load(largest + at, mask=is_row, other=float("-inf"))
@@ -309,7 +318,7 @@ def collect(
             total += tl.sum(tl.load(pieces + at, mask=known, other=0.0), 0)
         if SYMMETRIC:
             # Of the band, the row tiles that met this one: it is in the half that follows them.
-            per_view = tl.cdiv(pairs, SIDE)
+            per_view = tl.cdiv(pairs, TILE)
             for start in range(0, band, PIECES):
                 other = first_tile + start + some
                 distance = (tile - other + 2 * per_view) % (2 * per_view)

@@ -176,13 +176,15 @@ def source_commit(tree: Path = Path(bigsimclr.__file__).parent.parent) -> str | 
     """Return the git commit of a source tree, by default of this package's.
 
     Returns:
-        What git says; in a tree copied without it, what a file `.commit` there says; else None,
-        as for an installed package.
+        What a file `.commit` there says, as in a tree that was copied without all of its history;
+        else what git says; None for an installed package.
     """
+    note = tree / ".commit"
+    if note.is_file():
+        return note.read_text(encoding="utf-8").strip() or None
     git = shutil.which("git")
     if git is None or not (tree / ".git").exists():
-        note = tree / ".commit"
-        return note.read_text(encoding="utf-8").strip() or None if note.is_file() else None
+        return None
     answer = subprocess.run(  # noqa: S603 - a fixed command without user input
         [git, "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         capture_output=True,

@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from bigsimclr.kernels.nt_xent import ROW_VALUES, Tiles, slope_tiles, sum_tiles
+from bigsimclr.kernels.nt_xent import COLLECTED, ROW_VALUES, Tiles, slope_tiles, sum_tiles
 from tests.kernels.ahead import Build
 
 WIDTHS = (64, 128, 256, 512)
@@ -139,7 +139,9 @@ BUILDS = [
             "collect",
             ["pieces", "largest", "mirrored", "sums", "tops"],
             ["pairs", "stripes", "first_tile", "band"],
-            SIDE=128,
+            TILE=128,
+            SIDE=COLLECTED,
+            FIRST=online,
             SYMMETRIC=not online,
             ONLINE=online,
         )
