@@ -24,7 +24,7 @@ CIFAR10 ?= data/cifar10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup dali demo check lint test fix storm storm-ranks storm-slurm storm-pack scaling bench bench-docs docs gpu-check gpu-proof gpu-networks gpu-sweep gpu-input gpu-cifar clean
+.PHONY: help setup dali demo check lint test fix storm storm-ranks storm-slurm storm-pack scaling bench bench-docs docs gpu-check gpu-glance gpu-proof gpu-networks gpu-sweep gpu-input gpu-cifar clean
 
 help: ## Print this table
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ docs: bench-docs ## Write docs/recipes.md again from the recipe schema, and the 
 
 gpu-check: ## Tests that need a GPU, then its benchmarks, in nine minutes; uses PYTHON where there is no .venv
 	@$(GPU_PYTHON) -m benchmarks.gpu_check
+
+gpu-glance: ## A first look: most targets of a GPU in a minute
+	@$(GPU_PYTHON) -m benchmarks.glance -o benchmarks/results/glance-gpu.json
 
 gpu-proof: ## Golden tests, loss curves, memory and races under the sanitizer, plain PyTorch; nine minutes of a GPU
 	@$(GPU_PYTHON) -m benchmarks.gpu_check proof

@@ -49,7 +49,8 @@ class Step:
 
 
 def tests(seconds: float, *words: str) -> Step:
-    return Step(seconds, ("pytest", "-q", *words))
+    # Every test is named as it ends: what is stopped says nothing more.
+    return Step(seconds, ("pytest", "-v", "--tb=short", *words))
 
 
 def benchmark(seconds: float, name: str, *words: str, result: str = "") -> Step:
@@ -76,8 +77,10 @@ CHECK: Final = (
     # only others of them need may be missing. Those of `proof` have their turn there.
     tests(120, "tests/augment", "tests/engine", "tests/models", "tests/parallel", "tests/data",
           "tests/test_benchmark_sweep.py", "tests/test_benchmark_optimizer.py",
+          "tests/test_benchmark_glance.py",
           "tests/test_benchmark_step.py",
           "-m", "gpu", "--continue-on-collection-errors"),
+    benchmark(90, "glance"),  # what the others may have no time left for
     benchmark(90, "loss", "--rounds", "5"),
     race(120, "r50-1x", 256, "--rounds", "3", "--steps", "4", "--profile"),  # explains a miss
     benchmark(70, "optimizer", "--rounds", "10"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Final
 
+from benchmarks.kernel_classes import OURS
 from benchmarks.markdown import number
 from benchmarks.predictions import Results
 from benchmarks.tables import Row
@@ -40,6 +41,18 @@ def step_is_spent(name: str, model: str, batch: int, theirs: str = "") -> Callab
         return ""
 
     return why
+
+
+def glance_is_spent(results: Results, what: str) -> str:
+    """Say what took the time of a figure of the first look at a GPU."""
+    for row in results.get("glance-gpu", {}).get("figures", ()):
+        if row["what"] == what and row["kernels"]:
+            ours = {name: taken for name, taken in row["kernels"].items() if name in OURS}
+            listed = ", ".join(f"{name} {number(taken)}" for name, taken in ours.items())
+            rest = number(row["busy_microseconds"] - sum(ours.values()))
+            busy = number(row["busy_microseconds"])
+            return f"the GPU works {busy} us for all of it: {listed}, others {rest}."
+    return ""
 
 
 def _spent(method: str, row: Row, batch: int) -> str:

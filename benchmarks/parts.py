@@ -90,6 +90,12 @@ BENCHMARKS = (
         ("eager", "compiled"),
     ),
     Benchmark(
+        "glance",
+        "A first look at a GPU",
+        "Ours alone, in few rounds and one process. A figure has a commit of its own.",
+        tables.glance,
+    ),
+    Benchmark(
         "loader",
         "Reading photographs: two crops of 224 pixels of each",
         "torch + PIL is a DataLoader with the usual transforms, written from torchvision's "

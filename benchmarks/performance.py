@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from benchmarks.drawing import svg
 from benchmarks.markdown import commit_of, filled, gpu_of, machine_of, number, table
+from benchmarks.misses import glance_is_spent
 from benchmarks.predictions import Prediction, Results, Tier, allowed, counted
 from benchmarks.reasons import SECTIONS, Section
 from benchmarks.tables import Row
@@ -53,7 +54,7 @@ def page(folder: Path) -> str:
 
 
 def _head(results: Results) -> str:
-    verdicts = [verdict(target, target.find(results)) for target in TARGETS]
+    verdicts = [verdict(target, target.figure(results)) for target in TARGETS]
     ceilings = results["roofline"]["ceilings"]
     count = (
         f"Of {len(TARGETS)} targets {verdicts.count('reached')} are reached, "
@@ -80,7 +81,7 @@ def _head(results: Results) -> str:
 
 
 def _row(target: Target, results: Results) -> Row:
-    figure, prediction = target.find(results), target.predict(results)
+    figure, prediction = target.figure(results), target.predict(results)
     return {
         "what": target.what,
         "target": f"{_sign(target.goal)} {number(target.goal.value)}{target.goal.unit}",
@@ -127,11 +128,13 @@ def _best(goal: Goal, prediction: Prediction) -> float:
 
 def _misses(targets: tuple[Target, ...], results: Results) -> list[str]:
     """Return why targets were missed, where we know."""
-    missed = [target for target in targets if verdict(target, target.find(results)) == "missed"]
-    return [
-        filled(f"*{target.what}:* {target.why(results) or 'why is not known yet.'}") + "\n"
-        for target in missed
-    ]
+    missed = [target for target in targets if verdict(target, target.figure(results)) == "missed"]
+    return [filled(f"*{target.what}:* {_why(target, results)}") + "\n" for target in missed]
+
+
+def _why(target: Target, results: Results) -> str:
+    said = target.why(results) or glance_is_spent(results, target.what)
+    return said or "why is not known yet."
 
 
 def _link(name: str) -> str:
@@ -200,7 +203,7 @@ def _reached(results: Results) -> dict[str, tuple[float, str]]:
 def _outcome(section: Section, results: Results) -> list[str]:
     """Return a line for each figure that had a prediction, and one on what is not measured."""
     targets = [target for target in TARGETS if target.part == section.part]
-    found = [(target, target.find(results), target.predict(results)) for target in targets]
+    found = [(target, target.figure(results), target.predict(results)) for target in targets]
     lines = [
         f"* {target.what}: predicted {_predicted(prediction, target.goal)}, measured "
         f"{_measured(figure, target.goal)}, {_compared(figure, prediction)}."
@@ -230,7 +233,7 @@ def _compared(figure: Figure, prediction: Prediction) -> str:
 
 def _sources(results: Results) -> str:
     """Return machine, commit and command of every file that the page has figures of."""
-    figures = [figure for target in TARGETS if (figure := target.find(results)) is not None]
+    figures = [figure for target in TARGETS if (figure := target.figure(results)) is not None]
     names = {name for figure in figures for name in figure.files}
     names |= {file for _, file in _reached(results).values()} | {"augment"} & results.keys()
     rows = []
@@ -271,7 +274,7 @@ def shares(folder: Path) -> list[Bar]:
     drawn = []
     for device, targets in (("CPU", CPU), ("GPU", GPU)):
         for target in targets:
-            figure, prediction = target.find(results), target.predict(results)
+            figure, prediction = target.figure(results), target.predict(results)
             measured = None if figure is None else target.goal.share(figure.value)
             computed = None
             if prediction is not None:

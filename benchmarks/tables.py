@@ -301,3 +301,27 @@ _DIGITS = {
 
 def digits(result: Result) -> list[Table]:
     return [("", result["label_efficiency"], _DIGITS)]
+
+
+# --- glance ----------------------------------------------------------------------------------
+
+_GLANCE = {
+    "what": "what",
+    "unit": "unit",
+    "median": "median",
+    "least": "least",
+    "most": "most",
+    "the GPU works, us": "busy_microseconds",
+    "commit": "commit",
+}
+_GLANCE_KERNELS = {"what": "what", "kernel": "kernel", "us": "microseconds"}
+
+
+def glance(result: Result) -> list[Table]:
+    kernels = [
+        {"what": row["what"], "kernel": f"`{name}`", "microseconds": taken}
+        for row in result["figures"]
+        for name, taken in row["kernels"].items()
+    ]
+    figures = [{**row, "commit": row["commit"] or result["commit"]} for row in result["figures"]]
+    return [("", figures, _GLANCE), ("The kernels that take most of it", kernels, _GLANCE_KERNELS)]

@@ -27,6 +27,8 @@ class Figure:
     spread: float = 0.0  # of its rounds, as a share; the larger one of a ratio's two sides
 
 
+GLANCE: Final = "glance-gpu"
+
 Find = Callable[[Results], Figure | None]
 Why = Callable[[Results], str]
 
@@ -62,6 +64,18 @@ class Target:
     find: Find
     predict: Predict = predicted.nothing
     why: Why = lambda _: ""  # of a miss, in a sentence, where we know
+
+    def figure(self, results: Results) -> Figure | None:
+        """Return what was measured: by the part's own benchmark, or else at a first glance."""
+        return self.find(results) or glanced(results, self.what)
+
+
+def glanced(results: Results, what: str) -> Figure | None:
+    """Find a figure of the first look at a GPU."""
+    row = first(list(results.get(GLANCE, {}).get("figures", ())), what=what)
+    if row is None:
+        return None
+    return Figure(row["median"], (GLANCE,), abs(row["most"] - row["least"]) / row["median"])
 
 
 def verdict(target: Target, figure: Figure | None) -> Verdict:

@@ -180,8 +180,8 @@ def source_commit(tree: Path = Path(bigsimclr.__file__).parent.parent) -> str | 
         else what git says; None for an installed package.
     """
     note = tree / ".commit"
-    if note.is_file():
-        return note.read_text(encoding="utf-8").strip() or None
+    if note.is_file() and (noted := note.read_text(encoding="utf-8").strip()):
+        return noted
     git = shutil.which("git")
     if git is None or not (tree / ".git").exists():
         return None

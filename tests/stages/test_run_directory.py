@@ -25,3 +25,6 @@ def test_the_commit_of_a_tree_and_of_a_copy_without_git(tmp_path):
     assert source_commit(tmp_path) == commit
     (tmp_path / "file").write_text("2")
     assert source_commit(tmp_path) == f"{commit}-dirty"
+    # A copy's git may be older than its files.
+    (tmp_path / ".commit").write_text("0123456789ab\n")
+    assert source_commit(tmp_path) == "0123456789ab"
