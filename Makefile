@@ -21,6 +21,8 @@ DALI := nvidia-dali-cuda130==2.4.0
 DALI_NEEDS := 'astunparse<=1.6.3' 'gast<=0.7.0' makefun nvtx optree
 DEMO := runs/digits
 CIFAR10 ?= data/cifar10
+# Processes that share the fast tests; 0: none but pytest's own.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -53,7 +55,7 @@ demo: setup ## Run the whole chain on real digits: pretrain, fine-tune, distil, 
 	@echo "open this in a browser: $(CURDIR)/$(DEMO)/report.html"
 
 check: lint ## Lint, types, import rules and the fast tests
-	@$(BIN)/python -m pytest -q -m "not slow and not long and not gpu"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not long and not gpu"
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -61,8 +63,9 @@ lint: setup
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-test: lint ## Everything CI runs: check, and all tests but those of minutes or a GPU
-	@$(BIN)/python -m pytest -q -m "not gpu and not long"
+# One after the other: these start processes of their own, and wait for them so many seconds.
+test: check ## Everything CI runs: check, and all tests but those of minutes or a GPU
+	@$(BIN)/python -m pytest -q -m "slow and not gpu and not long"
 
 fix: setup ## Repair what ruff can repair, and format
 	@$(BIN)/ruff check --fix .

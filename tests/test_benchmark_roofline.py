@@ -1,5 +1,6 @@
 """Bytes, FLOPs and floors of benchmarks.roofline, against counts that share no code with them."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
@@ -21,7 +22,7 @@ from benchmarks.roofline import (
     row,
     training_flops,
 )
-from benchmarks.traffic import TIERS, Kernel, forward_flops, kernels, layers
+from benchmarks.traffic import TIERS, Kernel, Layer, forward_flops, kernels, layers
 from bigsimclr.models import build_model
 from bigsimclr.models.cost import cost
 from bigsimclr.models.norm import BatchNorm
@@ -45,8 +46,13 @@ GIGABYTES = {
 }
 
 
+@functools.cache
+def layers_at_224(name: str) -> list[Layer]:
+    return layers(network(name), 224)
+
+
 def gigabytes(name: str, views: int = VIEWS_PER_STEP) -> list[float]:
-    found = layers(network(name), 224)
+    found = layers_at_224(name)
     return [
         sum(kernel.bytes_per_view(views) for kernel in kernels(found, tier, value_bytes=2)) / 1e9
         for tier in TIERS
@@ -94,7 +100,7 @@ def test_parameters_and_flops_of_resnet_50_by_hand() -> None:
     assert found["backbone_parameters_with_statistics"] == weights + 4 * norms
     assert round((weights + 4 * norms) / 1e6, 1) == 23.6
     assert found["head_parameters"] == head + 2 * 2048 + 2 * 2048 + 128
-    assert forward_flops(layers(network("r50-1x"), 224)) == flops + 2 * head
+    assert forward_flops(layers_at_224("r50-1x")) == flops + 2 * head
     assert found["forward_gflop_per_view"] == 8.192
     # Three times as much, but for the gradient of the image.
     assert training_flops("r50-1x", 224) == 3 * (flops + 2 * head) - 2 * 9408 * 112 * 112
@@ -189,7 +195,7 @@ def test_tiers_move_less_and_less() -> None:
         found = gigabytes(name)
         assert found == sorted(found, reverse=True)
         # Three times a weight in 16 bits, for all views of a step together.
-        weights = 3 * 2 * sum(layer.weights for layer in layers(network(name), 224)) / 1e9
+        weights = 3 * 2 * sum(layer.weights for layer in layers_at_224(name)) / 1e9
         more = [a - b for a, b in zip(gigabytes(name, 1), gigabytes(name, 2), strict=True)]
         assert more == pytest.approx([weights / 2] * len(TIERS), rel=0.001)
 

@@ -1,5 +1,6 @@
 """Costs: every count equals what the networks themselves do."""
 
+import functools
 import itertools
 from collections.abc import Iterable
 from typing import Literal
@@ -276,22 +277,25 @@ def test_the_peak_while_a_block_is_computed_again(memory: Memory, selective_kern
     assert 0.95 * views < live.peak < 1.02 * (views + 4 * found.total.parameters)
 
 
+@functools.cache
+def flops_of_both_passes(architecture: Architecture, memory: Memory) -> int:
+    with torch.device("meta"):
+        model = build_model(architecture, seed=0).train()
+    save_memory(model, memory)
+    with FlopCounterMode(display=False) as counter:
+        outputs = model(pixels(2, 65, torch.device("meta")))
+        assert outputs.logits is not None
+        (outputs.projections[-1].sum() + outputs.logits.sum()).backward()
+    return counter.get_total_flops()
+
+
 @pytest.mark.parametrize("selective_kernel", [False, True])
 @pytest.mark.parametrize("memory", ["none", "selective", "block"])
 def test_arithmetic_of_what_is_computed_again(memory: Memory, selective_kernel: bool) -> None:
     architecture = network(50, 0.25, selective_kernel)
-    counted = []
-    for how in ("none", memory):
-        with torch.device("meta"):
-            model = build_model(architecture, seed=0).train()
-        save_memory(model, how)
-        with FlopCounterMode(display=False) as counter:
-            outputs = model(pixels(2, 65, torch.device("meta")))
-            assert outputs.logits is not None
-            (outputs.projections[-1].sum() + outputs.logits.sum()).backward()
-        counted.append(counter.get_total_flops())
+    plain, counted = (flops_of_both_passes(architecture, how) for how in ("none", memory))
     found = cost(architecture, image_size=65, memory=memory)
-    assert counted[1] - counted[0] == 2 * found.again_flops
+    assert counted - plain == 2 * found.again_flops
     # The last convolutions of bottlenecks; everything.
     share = found.again_flops / found.backbone.flops
     assert {"none": share == 0, "selective": 0.1 < share < 0.2, "block": share > 0.9}[memory]
