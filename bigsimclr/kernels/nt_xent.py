@@ -35,9 +35,8 @@ SUMMING: Final = 264
 """Programs of a launch of the sums: two for each multiprocessor of an H100, which hold no more."""
 SLOPING: Final = 396
 """Programs of the slope's launch, where it has to be cut for them: three for each."""
-COLLECTED: Final = (
-    32  # rows of a program that adds pieces up: it waits for memory, so they are many
-)
+COLLECTED: Final = 32
+"""Rows of a program that adds pieces up; it waits for memory, so there should be many."""
 LARGEST_WEIGHT: Final = 2.0**14
 """What an anchor's largest weight becomes in float16, whose numbers go up to 65504."""
 LEAST_WEIGHT: Final = 1e-20
@@ -123,7 +122,7 @@ def fused_nt_xent(
             f"fused NT-Xent takes up to {WIDEST_PROJECTION} values, not {first.shape[1]}"
         )
     if cut is None:
-        split = grade == "fp32" and not is_interpreted()
+        split = grade == "fp32"
         hopper = first.is_cuda and torch.cuda.get_device_capability(first.device) >= HOPPER
         cut = cut_of(padded_width(first.shape[1]), split=split, hopper=hopper)
     loss: Tensor = _Fused.apply(first, second, queue, _Way(temperature, grade, world, cut))
@@ -134,7 +133,7 @@ def fused_nt_xent(
 class _Operand:
     """Rows as the multipliers take them."""
 
-    units: Tensor  # [.., W], bfloat16, or float16 with rests; float32 in the interpreter
+    units: Tensor  # [.., W], float16 with rests, else bfloat16, or float32 in the interpreter
     rests: Tensor  # [.., W] what was rounded away; `units` again where nothing is split
 
     @property
@@ -181,14 +180,14 @@ class _Fused(Function):
         finish[(triton.cdiv(2 * pairs, side),)](
             sums, tops, positives, losses, weights, shares, pairs, scale, SIDE=side, ONLINE=online
         )
-        boost = _boost(world.gather_views(weights)) if own.split else weights
+        exponent = _exponent(world.gather_views(weights)) if own.split else weights
         all_shares = world.gather_views(shares)
         all_tops = world.gather_views(tops) if online else tops
         queued = own.units.new_empty(0) if past is None else past.units
         ctx.save_for_backward(
             first, second, own.units, own.rests, every.units, every.rests,
             queued, queued if past is None else past.rests,
-            weights, shares, tops, all_shares, all_tops, boost,
+            weights, shares, tops, all_shares, all_tops, exponent,
         )  # fmt: skip
         ctx.settings = way, scale, online, own.split  # type: ignore[attr-defined]
         return losses.sum()
@@ -199,7 +198,7 @@ class _Fused(Function):
         if torch.is_grad_enabled():
             raise RuntimeError("fused NT-Xent is differentiable once")
         first, second, units, rests, columns, column_rests, *others = ctx.saved_tensors  # type: ignore[attr-defined]
-        queue, queue_rests, weights, shares, tops, all_shares, all_tops, boost = others
+        queue, queue_rests, weights, shares, tops, all_shares, all_tops, exponent = others
         way, scale, online, split = ctx.settings  # type: ignore[attr-defined]
         (pairs, values), width = first.shape, units.shape[1]
         tiles = way.cut.slope
@@ -212,7 +211,7 @@ class _Fused(Function):
         parts = units.new_empty(count, 2 * pairs, width, dtype=torch.float32)
         slope[(row_tiles, count)](
             units, rests, columns, column_rests, queue, queue_rests,
-            shares, tops, all_shares, all_tops, boost, parts,
+            shares, tops, all_shares, all_tops, exponent, parts,
             pairs, len(columns) // 2, len(queue), way.world.rank * pairs, chunk, scale,
             WIDTH=width, ROWS=tiles.rows, COLUMNS=tiles.columns,
             SPLIT=split, HAS_QUEUE=len(queue) > 0, ONLINE=online, EVEN=even,
@@ -225,22 +224,22 @@ class _Fused(Function):
         )
         side = max(1, ROW_VALUES // width)
         leave_unit_sphere[(2 * triton.cdiv(pairs, side),)](
-            parts, weights, boost, first, second, *slopes, gradient,
+            parts, weights, exponent, first, second, *slopes, gradient,
             pairs, count, 1.0 / (way.temperature * pairs), first.stride(0), second.stride(0),
             D=values, WIDTH=width, SIDE=side, SPLIT=split,
         )  # fmt: skip
         return *slopes, None, None
 
 
-def _boost(
+def _exponent(
     weights: Tensor,  # [2N] of all ranks
 ) -> Tensor:  # []
-    """Return what derivatives are multiplied by, so that float16 holds them.
+    """Return the exponent of the power of two that brings derivatives into the range of float16.
 
-    One is at most the sum of two anchors' weights, of which the largest comes to half a float16's
-    range. What is smaller than 2^-38 of the largest is lost.
+    One is at most the sum of two anchors' weights, of which the largest comes to a quarter of a
+    float16's range, or an eighth. What is smaller than 2^-37 of it is lost.
     """
-    return LARGEST_WEIGHT / weights.max().clamp(min=LEAST_WEIGHT)
+    return (LARGEST_WEIGHT / weights.max().clamp(min=LEAST_WEIGHT)).log2().floor()
 
 
 def _rows(views: Tensor) -> Tensor:
@@ -252,7 +251,6 @@ def _normalised(first: Tensor, second: Tensor, *, split: bool) -> tuple[_Operand
     """Return unit rows [2B, W] and the cosines [B] of the positives."""
     pairs, values = first.shape
     width = padded_width(values)
-    split = split and not is_interpreted()
     # Unit rows need no range, so that a half has the more digits, and two have those of float32.
     kind = torch.float16 if split else torch.float32 if is_interpreted() else torch.bfloat16
     units = first.new_empty(2 * pairs, width, dtype=kind)

@@ -5,7 +5,6 @@ import triton.language as tl
 
 from bigsimclr.kernels.nt_xent_rows import SHORTEST
 from bigsimclr.kernels.nt_xent_sums import (
-    fixed_entries,
     listed,
     load_numbers,
     load_rows,
@@ -14,14 +13,19 @@ from bigsimclr.kernels.nt_xent_sums import (
     place,
 )
 
+NOTHING = tl.constexpr(-1e30)
+"""The cosine of what is no negative; minus infinity less itself would be no number."""
+
 
 @triton.jit
-def _entries(scores, by_row, by_column, row_top, column_top, scale, ONLINE: tl.constexpr):
-    """Return the derivative of the loss by each score, but for the factor 1 / T."""
+def _entries(scores, by_row, by_column, row_top, column_top, scale, lift, ONLINE: tl.constexpr):
+    """Return 2^lift times the derivative of the loss by each score, but for the factor 1 / T."""
     if ONLINE:
         as_row = by_row[:, None] * tl.exp2((scores - row_top[:, None]) * scale)
-        return as_row + by_column[None, :] * tl.exp2((scores - column_top[None, :]) * scale)
-    return fixed_entries(scores, scale) * (by_row[:, None] + by_column[None, :])
+        as_row += by_column[None, :] * tl.exp2((scores - column_top[None, :]) * scale)
+        return as_row * tl.exp2(lift)
+    # In the exponent, where it costs nothing and no factor by itself grows too large.
+    return tl.exp2(scores * scale - (scale - lift)) * (by_row[:, None] + by_column[None, :])
 
 
 @triton.jit
@@ -39,7 +43,7 @@ def _add_products(total, entries, right, right_rest, SPLIT: tl.constexpr):
 @triton.jit
 def _add_tile(
     total, view, number, near_row, left, left_rest, rows, row_rests, row_begin, row_count,
-    columns, column_rests, by_row, row_top, column_shares, column_tops, boosted, count, scale,
+    columns, column_rests, by_row, row_top, column_shares, column_tops, lift, count, scale,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, ONLINE: tl.constexpr, EVEN: tl.constexpr,
     MARKED: tl.constexpr, QUEUED: tl.constexpr,
@@ -55,7 +59,7 @@ def _add_tile(
     )
     by_column = tl.zeros([COLUMNS], tl.float32)
     if not QUEUED:
-        by_column = load_numbers(column_shares, begin, count - start, COLUMNS, EVEN) * boosted
+        by_column = load_numbers(column_shares, begin, count - start, COLUMNS, EVEN)
     column_top = by_column
     if ONLINE:
         if not QUEUED:
@@ -64,22 +68,23 @@ def _add_tile(
         left, left_rest, right, right_rest, rows, row_rests, row_begin, row_count,
         columns, column_rests, begin, count - start, WIDTH, ROWS, COLUMNS, SPLIT,
     )  # fmt: skip
-    entries = _entries(scores, by_row, by_column, row_top, column_top, scale, ONLINE)
     column = tl.arange(0, COLUMNS)
     if MARKED:
         same = (near_row - start + tl.arange(0, ROWS))[:, None] == column[None, :]
-        entries = tl.where(same, 0.0, entries)
-    if (
-        not EVEN
-    ):  # what is there might overflow 16 bits, and the zeros to multiply with would not do
-        entries = tl.where((column < count - start)[None, :], entries, 0.0)
+        scores = tl.where(same, NOTHING, scores)
+    entries = _entries(scores, by_row, by_column, row_top, column_top, scale, lift, ONLINE)
+    if not EVEN:
+        # Beyond the end there are zeros to multiply with, but an entry might overflow 16 bits.
+        is_row = tl.arange(0, ROWS) < row_count
+        is_inside = is_row[:, None] & (column < count - start)[None, :]
+        entries = tl.where(is_inside, entries, 0.0)
     return _add_products(total, entries, right, right_rest, SPLIT)
 
 
 @triton.jit
 def slope(
     rows, row_rests, columns, column_rests, queue, queue_rests,
-    shares, tops, column_shares, column_tops, boost, parts,
+    shares, tops, column_shares, column_tops, exponent, parts,
     pairs, column_pairs, queued, position, chunk, scale,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, HAS_QUEUE: tl.constexpr, ONLINE: tl.constexpr, EVEN: tl.constexpr,
@@ -94,7 +99,7 @@ def slope(
         queue, queue_rests: [Q, W].
         shares, tops: [2B], of the rows; tops ONLINE only.
         column_shares, column_tops: [2N].
-        boost: [], multiplies what goes into the parts, SPLIT only.
+        exponent: [] of the power of two that the parts are multiplied by, SPLIT only.
         parts: [P, 2B, W] out: derivatives by the unit rows, but for the factor 1 / T.
         position: of the first row.
         chunk: column tiles of a program.
@@ -102,10 +107,10 @@ def slope(
     own_view, row_start = place(tl.program_id(0), pairs, ROWS)
     row_begin, row_count = own_view * pairs + row_start, pairs - row_start
     left, left_rest = load_rows(rows, row_rests, row_begin, row_count, ROWS, WIDTH, SPLIT, EVEN)
-    boosted = 1.0
+    lift = 0.0
     if SPLIT:
-        boosted = tl.load(boost)
-    by_row = load_numbers(shares, row_begin, row_count, ROWS, EVEN) * boosted
+        lift = tl.load(exponent)
+    by_row = load_numbers(shares, row_begin, row_count, ROWS, EVEN)
     row_top = by_row
     if ONLINE:
         row_top = load_numbers(tops, row_begin, row_count, ROWS, EVEN)
@@ -119,7 +124,7 @@ def slope(
         view, number = listed(index, first, near, per_view, MARKED=True)
         total = _add_tile(
             total, view, number, near_row, left, left_rest, rows, row_rests, row_begin, row_count,
-            columns, column_rests, by_row, row_top, column_shares, column_tops, boosted,
+            columns, column_rests, by_row, row_top, column_shares, column_tops, lift,
             column_pairs, scale,
             WIDTH, ROWS, COLUMNS, SPLIT, ONLINE, EVEN, MARKED=True, QUEUED=False,
         )  # fmt: skip
@@ -127,7 +132,7 @@ def slope(
         view, number = listed(index, first, near, per_view, MARKED=False)
         total = _add_tile(
             total, view, number, near_row, left, left_rest, rows, row_rests, row_begin, row_count,
-            columns, column_rests, by_row, row_top, column_shares, column_tops, boosted,
+            columns, column_rests, by_row, row_top, column_shares, column_tops, lift,
             column_pairs, scale,
             WIDTH, ROWS, COLUMNS, SPLIT, ONLINE, EVEN, MARKED=False, QUEUED=False,
         )  # fmt: skip
@@ -137,7 +142,7 @@ def slope(
         for number in range(begin, end):
             total = _add_tile(
                 total, 0, number, 0, left, left_rest, rows, row_rests, row_begin, row_count,
-                queue, queue_rests, by_row, row_top, shares, tops, boosted, queued, scale,
+                queue, queue_rests, by_row, row_top, shares, tops, lift, queued, scale,
                 WIDTH, ROWS, COLUMNS, SPLIT, ONLINE, EVEN=False, MARKED=False, QUEUED=True,
             )  # fmt: skip
     row = tl.arange(0, ROWS)[:, None]
@@ -150,7 +155,7 @@ def slope(
 def leave_unit_sphere(
     parts,  # [P, 2B, W]
     weights,  # [2B]
-    boost,  # [], SPLIT only: the parts are as many times too large
+    exponent,  # [] of the power of two by which the parts are too large, SPLIT only
     first,  # [B, D] projections
     second,  # [B, D]
     first_slope,  # [B, D] out; both may lie where the only part does
@@ -177,7 +182,7 @@ def leave_unit_sphere(
         at = (tl.cast(part, tl.int64) * 2 * pairs + row)[:, None] * WIDTH + width
         total += tl.load(parts + at, mask=is_row[:, None], other=0.0)
     if SPLIT:
-        total *= 1.0 / tl.load(boost)
+        total *= tl.exp2(-tl.load(exponent))
     weight = tl.load(weights + row, mask=is_row, other=0.0)
     weight += tl.load(weights + (1 - 2 * view) * pairs + row, mask=is_row, other=0.0)
     at = inside.to(tl.int64)[:, None]

@@ -208,7 +208,7 @@ def emulated(
     entries[image[:, None] == image[None, :]] = 0.0
     sums, own = entries.sum(1), ((positives - 1) / temperature).exp()
     losses, shares, weights = torch.log1p(sums / own), 1 / (sums + own), sums / (sums + own)
-    boost = LARGEST_WEIGHT / weights.max() if split else 1.0
+    boost = (LARGEST_WEIGHT / weights.max()).log2().floor().exp2() if split else 1.0
     slopes = multiply(halves(entries * (shares[:, None] + shares[None, :]) * boost), halves(units))
     slopes /= boost
     slopes = (slopes - (weights + weights.roll(pairs))[:, None] * partner) / (temperature * pairs)

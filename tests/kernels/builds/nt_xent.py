@@ -55,7 +55,7 @@ def slope(
 ) -> Build:
     tiles = tiles or slope_tiles(width, split=split)
     halves = ["rows", "row_rests", "columns", "column_rests", "queue", "queue_rests"]
-    singles = ["shares", "tops", "column_shares", "column_tops", "boost", "parts"]
+    singles = ["shares", "tops", "column_shares", "column_tops", "exponent", "parts"]
     numbers = ["pairs", "column_pairs", "queued", "position", "chunk"]
     return Build(
         "slope",
@@ -81,7 +81,7 @@ def _leave_unit_sphere(width: int, *, split: bool) -> Build:
     pointers = [
         "parts",
         "weights",
-        "boost",
+        "exponent",
         "first",
         "second",
         "first_slope",
