@@ -25,6 +25,7 @@ from tests.kernels.builds import (
     distort as distort_builds,
     lars as lars_builds,
     nt_xent as nt_xent_builds,
+    soften as soften_builds,
 )
 
 TEMPERATURE: Final = 0.1
@@ -249,14 +250,15 @@ def view_cases() -> Iterator[Case]:
         return distort_builds.colour(SIZE, "bf16", softens=True, tiles=tiles)
 
     def blur(tiles: distort.Tiles) -> Build:
-        return distort_builds.soften(SIZE, "bf16", radius=RADIUS, tiles=tiles)
+        return soften_builds.soften(SIZE, "bf16", radius=RADIUS, tiles=tiles)
 
-    for name, changes, build in (("colours", colours, colour), ("blur", blurs, blur)):
+    cases = (("colours", "distort", colours, colour), ("blur", "soften", blurs, blur))
+    for name, module, changes, build in cases:
         every = [replace(distort.TILES, **change) for change in changes]
         yield Case(
             "distort",
             name,
-            tuple(Candidate(tiles, asdict(tiles), (("distort", build(tiles)),)) for tiles in every),
+            tuple(Candidate(tiles, asdict(tiles), ((module, build(tiles)),)) for tiles in every),
             views,
             {f"256 images of {SIZE} px": (256, SIZE)},
             BF16_ROUNDING,

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigsimclr.kernels.soften import soften
+
 # Columns of the packed decisions: four factors, sigma, and the code of everything that is a whole
 # number. Its bits from the lowest: 0 flip, 1 jitter, 2 grey, 3 blur, 4 to 11 the operation of each
 # turn, 12 to 13 the turn of the contrast; float32 holds 24 bits exactly.
@@ -24,9 +26,6 @@ _CONTRAST: Final = 1
 
 # The smallest normal float32, as in the plain code: a spread of zero is divided by.
 _TINY = tl.constexpr(2.0**-126)
-# Beyond six standard deviations lie 2e-9 of a Gaussian, a thirtieth of a float32's rounding. With
-# sigma uniform in 0.1 to 2.0 that leaves 14 of the 23 taps at 224 pixels, on average.
-_REACH = tl.constexpr(6.0)
 
 
 @dataclass(frozen=True)
@@ -141,19 +140,14 @@ def distort(
         num_stages=1,
     )
     if radius:
-        rows = min(max(tiles.blur_values // (3 * width), 1), height)
-        _soften[(count, triton.cdiv(height, rows))](
+        soften(
             coloured,
-            torch.empty_like(coloured),
-            found,
             decisions,
-            HEIGHT=height,
-            WIDTH=width,
-            RADIUS=radius,
-            ROWS=rows,
-            BLOCK=tiles.blur_block,
-            num_warps=tiles.blur_warps,
-            num_stages=1,
+            found=found,
+            radius=radius,
+            values=tiles.blur_values,
+            block=tiles.blur_block,
+            warps=tiles.blur_warps,
         )
     return found
 
@@ -330,60 +324,3 @@ def _colour(
             _put(coloured + target, _clip(red), _clip(green), _clip(blue), inside & (softened > 0))
             inside = inside & (softened == 0)
         _put(found + target, _clip(red), _clip(green), _clip(blue), inside)
-
-
-@triton.jit
-def _weigh(source, place, inside, position, extent, step, fall, reach):
-    # The Gaussian along one axis, on which neighbours lie `step` apart and `extent` ends it.
-    total = tl.load(source + place, mask=inside, other=0.0)
-    weights = tl.full([], 1.0, tl.float32)
-    for distance in range(1, reach + 1):
-        weight = tl.exp(fall * distance * distance)
-        far = distance * step
-        before = tl.load(source + place - far, mask=inside & (position >= far), other=0.0)
-        after = tl.load(source + place + far, mask=inside & (position < extent - far), other=0.0)
-        total += weight * (before + after)
-        weights += 2.0 * weight
-    return total / weights
-
-
-@triton.jit
-def _soften(
-    coloured,
-    between,
-    found,
-    decisions,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    RADIUS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # One program for some rows of a view. A view lies in memory as H rows of W pixels of three
-    # channels, so that a tap lies 3 x W values further down, or 3 further right.
-    LINE: tl.constexpr = 3 * WIDTH
-    VIEW: tl.constexpr = HEIGHT * LINE
-    row = tl.program_id(0).to(tl.int64)
-    code = tl.load(decisions + row * _COLUMNS + 5).to(tl.int32)
-    if (code >> 3) & 1:
-        sigma = tl.load(decisions + row * _COLUMNS + 4)
-        fall = -0.5 / (sigma * sigma)
-        reach = tl.minimum((sigma * _REACH).to(tl.int32) + 1, RADIUS)
-        coloured += row * VIEW
-        between += row * VIEW
-        found += row * VIEW
-        lanes = tl.arange(0, BLOCK)
-        first = tl.program_id(1) * ROWS * LINE
-        last = tl.minimum(first + ROWS * LINE, VIEW)
-        for start in range(first, last, BLOCK):
-            place = start + lanes
-            inside = place < last
-            value = _weigh(coloured, place, inside, place, VIEW, LINE, fall, reach)
-            tl.store(between + place, value, mask=inside)
-        # The rows are read again by other threads of this program, and by no other program.
-        tl.debug_barrier()
-        for start in range(first, last, BLOCK):
-            place = start + lanes
-            inside = place < last
-            value = _weigh(between, place, inside, place % LINE, LINE, 3, fall, reach)
-            tl.store(found + place, _clip(value).to(found.dtype.element_ty), mask=inside)

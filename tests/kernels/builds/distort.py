@@ -1,4 +1,4 @@
-"""Both kernels at 224 and 32 pixels, as launched for views of float32 and bf16."""
+"""At 224 and 32 pixels, as launched for views of float32 and bf16."""
 
 from bigsimclr.kernels.distort import TILES, Tiles
 from tests.kernels.ahead import Build
@@ -37,17 +37,6 @@ def colour(size: int, kind: str, *, softens: bool, tiles: Tiles = TILES) -> Buil
     )
 
 
-def soften(size: int, kind: str, *, radius: int, tiles: Tiles = TILES) -> Build:
-    rows = min(tiles.blur_values // (3 * size), size)
-    return Build(
-        "_soften",
-        {"coloured": "*fp32", "between": "*fp32", "found": f"*{kind}", "decisions": "*fp32"},
-        {"HEIGHT": size, "WIDTH": size, "RADIUS": radius, "ROWS": rows, "BLOCK": tiles.blur_block},
-        warps=tiles.blur_warps,
-        stages=1,
-    )
-
-
 BUILDS = [
     build
     for kind in ("fp32", "bf16")
@@ -55,7 +44,5 @@ BUILDS = [
         colour(224, kind, softens=True),
         colour(224, kind, softens=False),
         colour(32, kind, softens=True),
-        soften(224, kind, radius=11),
-        soften(32, kind, radius=1),
     )
 ]
