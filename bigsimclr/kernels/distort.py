@@ -39,7 +39,7 @@ class Tiles:
     blur_warps: int
 
 
-TILES: Final = Tiles(pixels=4, warps=16, blur_values=21504, blur_block=1024, blur_warps=8)
+TILES: Final = Tiles(pixels=4, warps=8, blur_values=21504, blur_block=1024, blur_warps=8)
 """A program blurs 32 rows of 224 pixels, 21 blocks without a remainder. It reads up to 11 rows
 beyond either end, so with much fewer rows everything would be read twice."""
 
@@ -134,6 +134,7 @@ def distort(
         *crops.stride(),
         HEIGHT=height,
         WIDTH=width,
+        FLAT=crops.stride(3) == width * crops.stride(4),
         SOFTENS=radius > 0,
         BLOCK=block,
         num_warps=max(block // (32 * tiles.pixels), 1),
@@ -168,35 +169,47 @@ def _clip(values):
 
 
 @triton.jit
-def _of_hue(position, high, spread):
-    # One channel of the hue at a position in sixths of a turn.
-    position -= 6.0 * tl.floor(position * (1 / 6))
-    return high - _clip(2.0 - tl.abs(position - 2.0)) * spread
+def _saturate(values):
+    # A NaN becomes zero.
+    return tl.minimum(tl.maximum(values, 0.0), 1.0)
 
 
 @triton.jit
-def _turn(red, green, blue, operation, decision, red_mean, green_mean, blue_mean):
+def _turn(
+    red,
+    green,
+    blue,
+    turn,
+    operation,
+    brightness,
+    contrast,
+    saturation,
+    hue_shift,
+    red_mean,
+    green_mean,
+    blue_mean,
+):
     # One operation of the jitter, and the clip after it.
-    factor = tl.load(decision + operation)
     if operation == 0:
-        red *= factor
-        green *= factor
-        blue *= factor
+        red = _clip(red * brightness)
+        green = _clip(green * brightness)
+        blue = _clip(blue * brightness)
     elif operation == 1:
-        red = (red - red_mean) * factor + red_mean
-        green = (green - green_mean) * factor + green_mean
-        blue = (blue - blue_mean) * factor + blue_mean
+        red = _clip((red - red_mean) * contrast + red_mean)
+        green = _clip((green - green_mean) * contrast + green_mean)
+        blue = _clip((blue - blue_mean) * contrast + blue_mean)
     else:
         high = _larger(_larger(red, green), blue)
         spread = high - _smaller(_smaller(red, green), blue)
         inverse = 1.0 / _larger(spread, _TINY)
         if operation == 2:
-            ratio = _smaller(_larger(high, 0.0) * inverse, factor)
+            ratio = _smaller(_larger(high, 0.0) * inverse, saturation)
             red = (red - high) * ratio + high
             green = (green - high) * ratio + high
             blue = (blue - high) * ratio + high
         else:
-            hue = 6.0 * factor + tl.where(
+            # In sixths of a turn, from 0 to 6. A pixel with a NaN has one in `high` as well.
+            hue = 6.0 * hue_shift + tl.where(
                 red == high,
                 (green - blue) * inverse,
                 tl.where(
@@ -205,71 +218,156 @@ def _turn(red, green, blue, operation, decision, red_mean, green_mean, blue_mean
                     (red - green) * inverse + 4.0,
                 ),
             )
-            red = _of_hue(hue + 5.0, high, spread)
-            green = _of_hue(hue + 3.0, high, spread)
-            blue = _of_hue(hue + 1.0, high, spread)
-    return _clip(red), _clip(green), _clip(blue)
-
-
-@triton.jit
-def _pixels(first, place, channel_stride, row_stride, column_stride, HEIGHT, WIDTH):
-    # Three channels in float32; zeros past the last pixel.
-    inside = place < HEIGHT * WIDTH
-    where = first + (place // WIDTH) * row_stride + (place % WIDTH) * column_stride
-    red = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-    green = tl.load(where + channel_stride, mask=inside, other=0.0).to(tl.float32)
-    blue = tl.load(where + 2 * channel_stride, mask=inside, other=0.0).to(tl.float32)
+            hue -= 6.0 * tl.floor(hue * (1 / 6))
+            red = high - _saturate(2.0 - tl.abs(hue - 3.0)) * spread
+            green = high - _saturate(tl.abs(hue - 2.0) - 1.0) * spread
+            blue = high - _saturate(tl.abs(hue - 4.0) - 1.0) * spread
+        # Neither leaves [0, 1] by more than its rounding, except with a crop that does.
+        if turn == 0:
+            red = _clip(red)
+            green = _clip(green)
+            blue = _clip(blue)
     return red, green, blue
 
 
 @triton.jit
-def _put(target, red, green, blue, inside):
-    kind = target.dtype.element_ty
-    tl.store(target, red.to(kind), mask=inside)
-    tl.store(target + 1, green.to(kind), mask=inside)
-    tl.store(target + 2, blue.to(kind), mask=inside)
-
-
-@triton.jit
-def _turns(red, green, blue, count, code, decision, red_mean, green_mean, blue_mean):
+def _turns(
+    red,
+    green,
+    blue,
+    count,
+    code,
+    brightness,
+    contrast,
+    saturation,
+    hue_shift,
+    red_mean,
+    green_mean,
+    blue_mean,
+):
     for turn in range(count):
         operation = (code >> (4 + 2 * turn)) & 3
         red, green, blue = _turn(
-            red, green, blue, operation, decision, red_mean, green_mean, blue_mean
+            red,
+            green,
+            blue,
+            turn,
+            operation,
+            brightness,
+            contrast,
+            saturation,
+            hue_shift,
+            red_mean,
+            green_mean,
+            blue_mean,
         )
     return red, green, blue
+
+
+@triton.jit
+def _pixels(
+    first,
+    place,
+    channel_stride,
+    row_stride,
+    column_stride,
+    PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    # Three channels in float32; zeros past the last pixel.
+    if FLAT:
+        where = first + place * column_stride
+    else:
+        where = first + (place // WIDTH) * row_stride + (place % WIDTH) * column_stride
+    if PIXELS % BLOCK == 0:
+        red = tl.load(where)
+        green = tl.load(where + channel_stride)
+        blue = tl.load(where + 2 * channel_stride)
+    else:
+        inside = place < PIXELS
+        red = tl.load(where, mask=inside, other=0.0)
+        green = tl.load(where + channel_stride, mask=inside, other=0.0)
+        blue = tl.load(where + 2 * channel_stride, mask=inside, other=0.0)
+    return red.to(tl.float32), green.to(tl.float32), blue.to(tl.float32)
+
+
+@triton.jit
+def _put(
+    target,
+    start,
+    red,
+    green,
+    blue,
+    flips,
+    PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Pixels beside each other in channels_last. The channels change threads for it, so that
+    # neighbouring threads write neighbouring values: a fourth of them has none to write.
+    # One thread's values lie in one row of these, at constant distances.
+    ROWS: tl.constexpr = min(BLOCK, 16)
+    COLUMNS: tl.constexpr = BLOCK // ROWS
+    colours = tl.join(tl.join(red, blue), tl.join(green, blue)).reshape(ROWS, COLUMNS, 4)
+    colours = colours.permute(1, 0, 2).to(target.dtype.element_ty)
+    column = tl.arange(0, COLUMNS)[:, None, None]
+    row = tl.arange(0, ROWS)[None, :, None]
+    channel = tl.arange(0, 4)[None, None, :]
+    place = start + row * COLUMNS + column
+    inside = channel < 3
+    if PIXELS % BLOCK:
+        inside = inside & (place < PIXELS)
+    # The Gaussian is symmetric: flipped before it is as flipped after it.
+    if flips:
+        mirrored = place + WIDTH - 1 - 2 * (place % WIDTH)
+        tl.store(target + (3 * mirrored + channel), colours, mask=inside)
+    else:
+        target += 3 * start
+        tl.store(target + (row * (3 * COLUMNS) + (3 * column + channel)), colours, mask=inside)
 
 
 @triton.jit
 def _means(
     crop,
     code,
-    decision,
+    brightness,
+    saturation,
+    hue_shift,
     channel_stride,
     row_stride,
     column_stride,
-    HEIGHT: tl.constexpr,
+    PIXELS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
-    # What the contrast stretches about: the means of what the turns before it leave. Zeros without
-    # a look at the pixels where nothing is jittered.
-    PIXELS: tl.constexpr = HEIGHT * WIDTH
+    # What the contrast stretches about: the means of what the turns before it leave, which is black
+    # of black. Zeros without a look at the pixels where nothing is jittered.
     lanes = tl.arange(0, BLOCK)
     red_sum = tl.zeros([BLOCK], tl.float32)
     green_sum = tl.zeros([BLOCK], tl.float32)
     blue_sum = tl.zeros([BLOCK], tl.float32)
+    before = (code >> 12) & 3
     for start in range(0, ((code >> 1) & 1) * PIXELS, BLOCK):
-        place = start + lanes
         red, green, blue = _pixels(
-            crop, place, channel_stride, row_stride, column_stride, HEIGHT, WIDTH
+            crop,
+            start + lanes,
+            channel_stride,
+            row_stride,
+            column_stride,
+            PIXELS,
+            WIDTH,
+            BLOCK,
+            FLAT,
         )
-        before = (code >> 12) & 3
-        red, green, blue = _turns(red, green, blue, before, code, decision, 0.0, 0.0, 0.0)
-        inside = place < PIXELS
-        red_sum += tl.where(inside, red, 0.0)
-        green_sum += tl.where(inside, green, 0.0)
-        blue_sum += tl.where(inside, blue, 0.0)
+        red, green, blue = _turns(
+            red, green, blue, before, code, brightness, 0.0, saturation, hue_shift, 0.0, 0.0, 0.0
+        )
+        red_sum += red
+        green_sum += green
+        blue_sum += blue
     return tl.sum(red_sum, 0) / PIXELS, tl.sum(green_sum, 0) / PIXELS, tl.sum(blue_sum, 0) / PIXELS
 
 
@@ -288,39 +386,78 @@ def _colour(
     column_stride,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    FLAT: tl.constexpr,
     SOFTENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # One program for each view: twice over its pixels if it is jittered, else once.
+    # One program for each view: twice over its pixels if it is jittered, else once. The second time
+    # from the last to the first, since the last ones may still lie in a cache.
+    PIXELS: tl.constexpr = HEIGHT * WIDTH
     row = tl.program_id(0).to(tl.int64)
     decision = decisions + row * _COLUMNS
     code = tl.load(decision + 5).to(tl.int32)
+    brightness = tl.load(decision)
+    contrast = tl.load(decision + 1)
+    saturation = tl.load(decision + 2)
+    hue_shift = tl.load(decision + 3)
     turns = 4 * ((code >> 1) & 1)
     crop = crops + row // images * view_stride + row % images * image_stride
+    coloured += row * (3 * PIXELS)
+    found += row * (3 * PIXELS)
     lanes = tl.arange(0, BLOCK)
 
     red_mean, green_mean, blue_mean = _means(
-        crop, code, decision, channel_stride, row_stride, column_stride, HEIGHT, WIDTH, BLOCK
+        crop,
+        code,
+        brightness,
+        saturation,
+        hue_shift,
+        channel_stride,
+        row_stride,
+        column_stride,
+        PIXELS,
+        WIDTH,
+        BLOCK,
+        FLAT,
     )
-    for start in range(0, HEIGHT * WIDTH, BLOCK):
-        place = start + lanes
+    for done in range(0, PIXELS, BLOCK):
+        start = (PIXELS - 1) // BLOCK * BLOCK - done
         red, green, blue = _pixels(
-            crop, place, channel_stride, row_stride, column_stride, HEIGHT, WIDTH
+            crop,
+            start + lanes,
+            channel_stride,
+            row_stride,
+            column_stride,
+            PIXELS,
+            WIDTH,
+            BLOCK,
+            FLAT,
         )
         red, green, blue = _turns(
-            red, green, blue, turns, code, decision, red_mean, green_mean, blue_mean
+            red,
+            green,
+            blue,
+            turns,
+            code,
+            brightness,
+            contrast,
+            saturation,
+            hue_shift,
+            red_mean,
+            green_mean,
+            blue_mean,
         )
         if (code >> 2) & 1:
             red = 0.2989 * red + 0.5870 * green + 0.1140 * blue
             green = red
             blue = red
-        # The Gaussian is symmetric: flipped before it is as flipped after it.
-        column = place % WIDTH
-        target = place + (code & 1) * (WIDTH - 1 - 2 * column)
-        target = row * (3 * HEIGHT * WIDTH) + 3 * target
-        inside = place < HEIGHT * WIDTH
+        red = _clip(red)
+        green = _clip(green)
+        blue = _clip(blue)
         if SOFTENS:
-            softened = (code >> 3) & 1
-            _put(coloured + target, _clip(red), _clip(green), _clip(blue), inside & (softened > 0))
-            inside = inside & (softened == 0)
-        _put(found + target, _clip(red), _clip(green), _clip(blue), inside)
+            if (code >> 3) & 1:
+                _put(coloured, start, red, green, blue, code & 1, PIXELS, WIDTH, BLOCK)
+            else:
+                _put(found, start, red, green, blue, code & 1, PIXELS, WIDTH, BLOCK)
+        else:
+            _put(found, start, red, green, blue, code & 1, PIXELS, WIDTH, BLOCK)

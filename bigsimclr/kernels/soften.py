@@ -6,7 +6,6 @@ Shapes: N views; H, W height and width in pixels. A view lies in memory as H row
 three channels, so that a tap lies 3 x W values further down, or 3 further right.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -198,11 +197,11 @@ def _soften(
             lowest = top + (start + BLOCK - 1) // LINE * TOGETHER + TOGETHER - 1 + reach
             if (uppermost >= 0) & (lowest < HEIGHT):
                 first, second, third, fourth = _down(
-                    where, top + row, weights, reach, HEIGHT, LINE, False
+                    where, top + row, weights, reach, HEIGHT, LINE, EDGE=False
                 )
             else:
                 first, second, third, fourth = _down(
-                    where, top + row, weights, reach, HEIGHT, LINE, True
+                    where, top + row, weights, reach, HEIGHT, LINE, EDGE=True
                 )
             target = between + row * PITCH + column
             tl.store(target, first, mask=row < rows)
@@ -211,8 +210,8 @@ def _soften(
             tl.store(target + 3 * PITCH, fourth, mask=row + 3 < rows)
         # So are the rows.
         tl.debug_barrier()
-        # Taps are not aligned for wide loads: each thread takes four values far from each other, and
-        # neighbours belong to neighbouring threads.
+        # Taps are not aligned for wide loads: neighbours belong to neighbouring threads, and the
+        # four values of a thread lie far from each other.
         spread = tl.arange(0, BLOCK // 4)[:, None] + tl.arange(0, 4)[None, :] * (BLOCK // 4)
         for start in range(0, rows * LINE, BLOCK):
             place = tl.max_contiguous(start + spread, [1, 1])

@@ -28,6 +28,7 @@ def colour(size: int, kind: str, *, softens: bool, tiles: Tiles = TILES) -> Buil
             "column_stride": 1,
             "HEIGHT": size,
             "WIDTH": size,
+            "FLAT": True,
             "SOFTENS": softens,
             "BLOCK": block,
         },
