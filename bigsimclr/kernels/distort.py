@@ -276,7 +276,7 @@ def _pixels(
     BLOCK: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    # Three channels in float32; zeros past the last pixel.
+    # Three channels in float32; past the last pixel, zeros.
     if FLAT:
         where = first + place * column_stride
     else:
@@ -294,20 +294,10 @@ def _pixels(
 
 
 @triton.jit
-def _put(
-    target,
-    start,
-    red,
-    green,
-    blue,
-    flips,
-    PIXELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _put(target, start, red, green, blue, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
     # Pixels beside each other in channels_last. The channels change threads for it, so that
-    # neighbouring threads write neighbouring values: a fourth of them has none to write.
-    # One thread's values lie in one row of these, at constant distances.
+    # neighbouring threads write neighbouring values: a fourth of them has none to write. One
+    # thread's values lie in one row of these, at constant distances.
     ROWS: tl.constexpr = min(BLOCK, 16)
     COLUMNS: tl.constexpr = BLOCK // ROWS
     colours = tl.join(tl.join(red, blue), tl.join(green, blue)).reshape(ROWS, COLUMNS, 4)
@@ -315,17 +305,11 @@ def _put(
     column = tl.arange(0, COLUMNS)[:, None, None]
     row = tl.arange(0, ROWS)[None, :, None]
     channel = tl.arange(0, 4)[None, None, :]
-    place = start + row * COLUMNS + column
     inside = channel < 3
     if PIXELS % BLOCK:
-        inside = inside & (place < PIXELS)
-    # The Gaussian is symmetric: flipped before it is as flipped after it.
-    if flips:
-        mirrored = place + WIDTH - 1 - 2 * (place % WIDTH)
-        tl.store(target + (3 * mirrored + channel), colours, mask=inside)
-    else:
-        target += 3 * start
-        tl.store(target + (row * (3 * COLUMNS) + (3 * column + channel)), colours, mask=inside)
+        inside = inside & (start + row * COLUMNS + column < PIXELS)
+    where = target + 3 * start + (row * (3 * COLUMNS) + (3 * column + channel))
+    tl.store(where, colours, mask=inside)
 
 
 @triton.jit
@@ -422,17 +406,17 @@ def _colour(
     )
     for done in range(0, PIXELS, BLOCK):
         start = (PIXELS - 1) // BLOCK * BLOCK - done
-        red, green, blue = _pixels(
-            crop,
-            start + lanes,
-            channel_stride,
-            row_stride,
-            column_stride,
-            PIXELS,
-            WIDTH,
-            BLOCK,
-            FLAT,
-        )
+        place = start + lanes
+        # The Gaussian is symmetric: flipped before it is as flipped after it.
+        if code & 1:
+            place += WIDTH - 1 - 2 * (place % WIDTH)
+            red, green, blue = _pixels(
+                crop, place, channel_stride, row_stride, column_stride, PIXELS, WIDTH, BLOCK, FLAT
+            )
+        else:
+            red, green, blue = _pixels(
+                crop, place, channel_stride, row_stride, column_stride, PIXELS, WIDTH, BLOCK, FLAT
+            )
         red, green, blue = _turns(
             red,
             green,
@@ -456,8 +440,8 @@ def _colour(
         blue = _clip(blue)
         if SOFTENS:
             if (code >> 3) & 1:
-                _put(coloured, start, red, green, blue, code & 1, PIXELS, WIDTH, BLOCK)
+                _put(coloured, start, red, green, blue, PIXELS, BLOCK)
             else:
-                _put(found, start, red, green, blue, code & 1, PIXELS, WIDTH, BLOCK)
+                _put(found, start, red, green, blue, PIXELS, BLOCK)
         else:
-            _put(found, start, red, green, blue, code & 1, PIXELS, WIDTH, BLOCK)
+            _put(found, start, red, green, blue, PIXELS, BLOCK)
