@@ -22,7 +22,7 @@ from bigsimclr.models import build_model
 from bigsimclr.world import ALONE
 from tests.kernels.ahead import Build
 from tests.kernels.builds import (
-    distort as distort_builds,
+    colour as colour_builds,
     lars as lars_builds,
     nt_xent as nt_xent_builds,
     soften as soften_builds,
@@ -247,12 +247,12 @@ def view_cases() -> Iterator[Case]:
              {"blur_block": 2048, "blur_warps": 16}, {"blur_warps": 4}]  # fmt: skip
 
     def colour(tiles: distort.Tiles) -> Build:
-        return distort_builds.colour(SIZE, "bf16", softens=True, tiles=tiles)
+        return colour_builds.colour(SIZE, "bf16", softens=True, tiles=tiles)
 
     def blur(tiles: distort.Tiles) -> Build:
         return soften_builds.soften(SIZE, "bf16", radius=RADIUS, tiles=tiles)
 
-    cases = (("colours", "distort", colours, colour), ("blur", "soften", blurs, blur))
+    cases = (("colours", "colour", colours, colour), ("blur", "soften", blurs, blur))
     for name, module, changes, build in cases:
         every = [replace(distort.TILES, **change) for change in changes]
         yield Case(
