@@ -216,7 +216,7 @@ def update_case() -> Case:
 
 
 def views(device: torch.device, images: int, size: int) -> Callable[[distort.Tiles], Work]:
-    """Return both launches on two views of some images."""
+    """Return all launches on two views of some images."""
     draws = draw(images, size)
     decisions = distort.pack(
         flip=draws.flip,
@@ -241,7 +241,7 @@ def views(device: torch.device, images: int, size: int) -> Callable[[distort.Til
 
 
 def view_cases() -> Iterator[Case]:
-    colours = [{}, {"pixels": 2}, {"pixels": 8}, {"warps": 16}, {"warps": 4, "pixels": 8}]
+    colours = [{}, {"pixels": 2}, {"pixels": 8}, {"warps": 16}, {"warps": 4}, {"blocks": 4}]
     blurs = [{}, {"blur_values": 10752}, {"blur_values": 43008},
              {"blur_block": 512, "blur_warps": 4}, {"blur_block": 2048},
              {"blur_block": 2048, "blur_warps": 16}, {"blur_warps": 4}]  # fmt: skip

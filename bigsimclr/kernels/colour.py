@@ -1,4 +1,4 @@
-"""Jitter, grey and flip of all views of a batch in one launch, whatever is drawn.
+"""Jitter, grey and flip of all views of a batch in two launches, whatever is drawn.
 
 The same function in plain PyTorch: `bigsimclr.augment.device`, with the operations of
 `bigsimclr.augment.colour`. Nothing here has a gradient.
@@ -25,6 +25,7 @@ def colour(
     coloured: Tensor,
     found: Tensor,
     pixels: int,
+    blocks: int,
     warps: int,
     softens: bool,
 ) -> None:
@@ -36,24 +37,46 @@ def colour(
         coloured: float32 [N,3,H,W], channels_last: where a view goes that is to be blurred.
         found: [N,3,H,W], channels_last: where the others go.
         pixels: Of each thread at a time.
+        blocks: Of a program, one after the other.
         warps: At most; fewer where a view has fewer pixels.
         softens: Whether any view is to be blurred, whatever is decided.
     """
     _, images, _, height, width = crops.shape
     block = min(triton.next_power_of_2(height * width), 32 * warps * pixels)
-    _colour[(found.shape[0],)](
+    pieces = triton.cdiv(height * width, block * blocks)
+    grid = (found.shape[0], pieces)
+    warps = max(block // (32 * pixels), 1)
+    flat = crops.stride(3) == width * crops.stride(4)
+    sums = decisions.new_empty(*grid, 3)
+    _sum_up[grid](
         crops,
         decisions,
+        sums,
+        images,
+        *crops.stride(),
+        HEIGHT=height,
+        WIDTH=width,
+        FLAT=flat,
+        BLOCK=block,
+        BLOCKS=blocks,
+        num_warps=warps,
+        num_stages=1,
+    )
+    _colour[grid](
+        crops,
+        decisions,
+        sums,
         coloured,
         found,
         images,
         *crops.stride(),
         HEIGHT=height,
         WIDTH=width,
-        FLAT=crops.stride(3) == width * crops.stride(4),
+        FLAT=flat,
         SOFTENS=softens,
         BLOCK=block,
-        num_warps=max(block // (32 * pixels), 1),
+        BLOCKS=blocks,
+        num_warps=warps,
         num_stages=1,
     )
 
@@ -200,13 +223,13 @@ def _pixels(
 
 @triton.jit
 def _put(target, start, red, green, blue, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
-    # Pixels beside each other in channels_last. The channels change threads for it, so that
+    # Clipped pixels beside each other in channels_last. The channels change threads for it, so that
     # neighbouring threads write neighbouring values: a fourth of them has none to write. One
     # thread's values lie in one row of these, at constant distances.
     ROWS: tl.constexpr = min(BLOCK, 16)
     COLUMNS: tl.constexpr = BLOCK // ROWS
     colours = tl.join(tl.join(red, blue), tl.join(green, blue)).reshape(ROWS, COLUMNS, 4)
-    colours = colours.permute(1, 0, 2).to(target.dtype.element_ty)
+    colours = _clip(colours.permute(1, 0, 2)).to(target.dtype.element_ty)
     column = tl.arange(0, COLUMNS)[:, None, None]
     row = tl.arange(0, ROWS)[None, :, None]
     channel = tl.arange(0, 4)[None, None, :]
@@ -217,54 +240,70 @@ def _put(target, start, red, green, blue, PIXELS: tl.constexpr, BLOCK: tl.conste
     tl.store(where, colours, mask=inside)
 
 
-@triton.jit
-def _means(
-    crop,
-    code,
-    brightness,
-    saturation,
-    hue_shift,
+# The last batch of an evaluation has its own number of images, and needs no build of its own.
+@triton.jit(do_not_specialize=["images"])
+def _sum_up(
+    crops,
+    decisions,
+    sums,
+    images,
+    view_stride,
+    image_stride,
     channel_stride,
     row_stride,
     column_stride,
-    PIXELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
     FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    # What the contrast stretches about: the means of what the turns before it leave, which is black
-    # of black. Zeros without a look at the pixels where nothing is jittered.
-    lanes = tl.arange(0, BLOCK)
-    red_sum = tl.zeros([BLOCK], tl.float32)
-    green_sum = tl.zeros([BLOCK], tl.float32)
-    blue_sum = tl.zeros([BLOCK], tl.float32)
-    before = (code >> 12) & 3
-    for start in range(0, ((code >> 1) & 1) * PIXELS, BLOCK):
-        red, green, blue = _pixels(
-            crop,
-            start + lanes,
-            channel_stride,
-            row_stride,
-            column_stride,
-            PIXELS,
-            WIDTH,
-            BLOCK,
-            FLAT,
-        )
-        red, green, blue = _turns(
-            red, green, blue, before, code, brightness, 0.0, saturation, hue_shift, 0.0, 0.0, 0.0
-        )
-        red_sum += red
-        green_sum += green
-        blue_sum += blue
-    return tl.sum(red_sum, 0) / PIXELS, tl.sum(green_sum, 0) / PIXELS, tl.sum(blue_sum, 0) / PIXELS
+    # What the contrast stretches about is the means of what the turns before it leave, which is
+    # black of black. One program sums over some pixels of a view, if it is jittered.
+    PIXELS: tl.constexpr = HEIGHT * WIDTH
+    view = tl.program_id(0).to(tl.int64)
+    decision = decisions + view * _COLUMNS
+    code = tl.load(decision + _CODE).to(tl.int32)
+    if (code >> 1) & 1:
+        brightness = tl.load(decision)
+        saturation = tl.load(decision + 2)
+        hue = tl.load(decision + 3)
+        before = (code >> 12) & 3
+        crop = crops + view // images * view_stride + view % images * image_stride
+        lanes = tl.arange(0, BLOCK)
+        red_sum = tl.zeros([BLOCK], tl.float32)
+        green_sum = tl.zeros([BLOCK], tl.float32)
+        blue_sum = tl.zeros([BLOCK], tl.float32)
+        first = tl.program_id(1) * BLOCK * BLOCKS
+        for start in range(first, tl.minimum(first + BLOCK * BLOCKS, PIXELS), BLOCK):
+            place = start + lanes
+            red, green, blue = _pixels(
+                crop, place, channel_stride, row_stride, column_stride, PIXELS, WIDTH, BLOCK, FLAT
+            )
+            red, green, blue = _turns(
+                red, green, blue, before, code, brightness, 0.0, saturation, hue, 0.0, 0.0, 0.0
+            )
+            red_sum += red
+            green_sum += green
+            blue_sum += blue
+        # Zeros past the last pixel stay black, whatever comes before the contrast.
+        sums += (view * tl.num_programs(1) + tl.program_id(1)) * 3
+        tl.store(sums, tl.sum(red_sum, 0))
+        tl.store(sums + 1, tl.sum(green_sum, 0))
+        tl.store(sums + 2, tl.sum(blue_sum, 0))
 
 
-# The last batch of an evaluation has its own number of images, and needs no build of its own.
+@triton.jit
+def _mean(sums, PIXELS: tl.constexpr, PIECES: tl.constexpr):
+    piece = tl.arange(0, triton.next_power_of_2(PIECES))
+    return tl.sum(tl.load(sums + 3 * piece, mask=piece < PIECES, other=0.0), 0) / PIXELS
+
+
 @triton.jit(do_not_specialize=["images"])
 def _colour(
     crops,
     decisions,
+    sums,
     coloured,
     found,
     images,
@@ -278,39 +317,32 @@ def _colour(
     FLAT: tl.constexpr,
     SOFTENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    # One program for each view: twice over its pixels if it is jittered, else once. The second time
-    # from the last to the first, since the last ones may still lie in a cache.
+    # One program for some pixels of a view. The pixels that were summed up last come first, since
+    # they may still lie in a cache.
     PIXELS: tl.constexpr = HEIGHT * WIDTH
-    row = tl.program_id(0).to(tl.int64)
-    decision = decisions + row * _COLUMNS
+    PIECES: tl.constexpr = triton.cdiv(PIXELS, BLOCK * BLOCKS)
+    view = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    decision = decisions + view * _COLUMNS
     code = tl.load(decision + _CODE).to(tl.int32)
     brightness = tl.load(decision)
     contrast = tl.load(decision + 1)
     saturation = tl.load(decision + 2)
-    hue_shift = tl.load(decision + 3)
+    hue = tl.load(decision + 3)
     turns = 4 * ((code >> 1) & 1)
-    crop = crops + row // images * view_stride + row % images * image_stride
-    coloured += row * (3 * PIXELS)
-    found += row * (3 * PIXELS)
+    red_mean = 0.0
+    green_mean = 0.0
+    blue_mean = 0.0
+    if turns:
+        sums += view * PIECES * 3
+        red_mean = _mean(sums, PIXELS, PIECES)
+        green_mean = _mean(sums + 1, PIXELS, PIECES)
+        blue_mean = _mean(sums + 2, PIXELS, PIECES)
+    crop = crops + view // images * view_stride + view % images * image_stride
     lanes = tl.arange(0, BLOCK)
-
-    red_mean, green_mean, blue_mean = _means(
-        crop,
-        code,
-        brightness,
-        saturation,
-        hue_shift,
-        channel_stride,
-        row_stride,
-        column_stride,
-        PIXELS,
-        WIDTH,
-        BLOCK,
-        FLAT,
-    )
-    for done in range(0, PIXELS, BLOCK):
-        start = (PIXELS - 1) // BLOCK * BLOCK - done
+    first = (PIECES - 1 - tl.program_id(1)) * BLOCK * BLOCKS
+    for start in range(first, tl.minimum(first + BLOCK * BLOCKS, PIXELS), BLOCK):
         place = start + lanes
         # The Gaussian is symmetric: flipped before it is as flipped after it.
         if code & 1:
@@ -323,30 +355,17 @@ def _colour(
                 crop, place, channel_stride, row_stride, column_stride, PIXELS, WIDTH, BLOCK, FLAT
             )
         red, green, blue = _turns(
-            red,
-            green,
-            blue,
-            turns,
-            code,
-            brightness,
-            contrast,
-            saturation,
-            hue_shift,
-            red_mean,
-            green_mean,
-            blue_mean,
-        )
+            red, green, blue, turns, code, brightness, contrast, saturation, hue,
+            red_mean, green_mean, blue_mean,
+        )  # fmt: skip
         if (code >> 2) & 1:
             red = 0.2989 * red + 0.5870 * green + 0.1140 * blue
             green = red
             blue = red
-        red = _clip(red)
-        green = _clip(green)
-        blue = _clip(blue)
         if SOFTENS:
             if (code >> 3) & 1:
-                _put(coloured, start, red, green, blue, PIXELS, BLOCK)
+                _put(coloured + view * (3 * PIXELS), start, red, green, blue, PIXELS, BLOCK)
             else:
-                _put(found, start, red, green, blue, PIXELS, BLOCK)
+                _put(found + view * (3 * PIXELS), start, red, green, blue, PIXELS, BLOCK)
         else:
-            _put(found, start, red, green, blue, PIXELS, BLOCK)
+            _put(found + view * (3 * PIXELS), start, red, green, blue, PIXELS, BLOCK)

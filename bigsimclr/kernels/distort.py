@@ -1,4 +1,4 @@
-"""Colours, grey, flip and blur of all views of a batch in two launches, whatever is drawn.
+"""Colours, grey, flip and blur of all views of a batch in three launches, whatever is drawn.
 
 The same function in plain PyTorch: `bigsimclr.augment.device`, from the crop onwards, with the
 operations of `bigsimclr.augment.colour`. Nothing here has a gradient.
@@ -25,18 +25,19 @@ _CONTRAST: Final = 1
 
 @dataclass(frozen=True)
 class Tiles:
-    """What a program of either launch works on at a time, and with what."""
+    """What a program of each launch works on at a time, and with what."""
 
     pixels: int  # of each thread
+    blocks: int  # of all threads' pixels, one after the other
     warps: int  # at most; fewer where a view has fewer pixels
     blur_values: int  # 3 x W of each row that a program blurs
     blur_block: int  # values at a time
     blur_warps: int
 
 
-TILES: Final = Tiles(pixels=4, warps=8, blur_values=21504, blur_block=1024, blur_warps=8)
-"""A program blurs 32 rows of 224 pixels, 21 blocks without a remainder. It reads up to 11 rows
-beyond either end, so with much fewer rows everything would be read twice."""
+TILES: Final = Tiles(pixels=4, blocks=7, warps=8, blur_values=21504, blur_block=1024, blur_warps=8)
+"""A program colours a seventh of a view of 224 pixels, 7 blocks without a remainder. One blurs 32
+rows, for which it reads up to 11 beyond either end: with much fewer, all would be read twice."""
 
 
 def pack(
@@ -125,6 +126,7 @@ def distort(
         coloured=coloured,
         found=found,
         pixels=tiles.pixels,
+        blocks=tiles.blocks,
         warps=tiles.warps,
         softens=radius > 0,
     )

@@ -12,25 +12,34 @@ STRIDES = {
 ALIGNED = ("view_stride", "image_stride", "channel_stride", "row_stride")
 
 
+def sum_up(size: int, *, tiles: Tiles = TILES) -> Build:
+    return _build("_sum_up", size, {"sums": "*fp32"}, {}, tiles)
+
+
 def colour(size: int, kind: str, *, softens: bool, tiles: Tiles = TILES) -> Build:
+    results = {
+        "sums": "*fp32",
+        "coloured": "*fp32" if softens else f"*{kind}",
+        "found": f"*{kind}",
+    }
+    return _build("_colour", size, results, {"SOFTENS": softens}, tiles)
+
+
+def _build(
+    kernel: str, size: int, results: dict[str, str], constants: dict[str, bool], tiles: Tiles
+) -> Build:
     block = min(1 << (size * size - 1).bit_length(), 32 * tiles.warps * tiles.pixels)
     return Build(
-        "_colour",
-        {
-            "crops": "*fp32",
-            "decisions": "*fp32",
-            "coloured": "*fp32" if softens else f"*{kind}",
-            "found": f"*{kind}",
-            "images": "i32",
-            **STRIDES,
-        },
+        kernel,
+        {"crops": "*fp32", "decisions": "*fp32", **results, "images": "i32", **STRIDES},
         {
             "column_stride": 1,
             "HEIGHT": size,
             "WIDTH": size,
             "FLAT": True,
-            "SOFTENS": softens,
             "BLOCK": block,
+            "BLOCKS": tiles.blocks,
+            **constants,
         },
         warps=block // (32 * tiles.pixels),
         stages=1,
@@ -39,11 +48,15 @@ def colour(size: int, kind: str, *, softens: bool, tiles: Tiles = TILES) -> Buil
 
 
 BUILDS = [
-    build
-    for kind in ("fp32", "bf16")
-    for build in (
-        colour(224, kind, softens=True),
-        colour(224, kind, softens=False),
-        colour(32, kind, softens=True),
-    )
+    sum_up(224),
+    sum_up(32),
+    *(
+        build
+        for kind in ("fp32", "bf16")
+        for build in (
+            colour(224, kind, softens=True),
+            colour(224, kind, softens=False),
+            colour(32, kind, softens=True),
+        )
+    ),
 ]
