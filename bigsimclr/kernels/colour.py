@@ -294,6 +294,32 @@ def _sum_up(
 
 
 @triton.jit
+def _flipped(
+    crop,
+    place,
+    flips,
+    channel_stride,
+    row_stride,
+    column_stride,
+    PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    # The Gaussian is symmetric: flipped before it is as flipped after it.
+    if flips:
+        place += WIDTH - 1 - 2 * (place % WIDTH)
+        red, green, blue = _pixels(
+            crop, place, channel_stride, row_stride, column_stride, PIXELS, WIDTH, BLOCK, FLAT
+        )
+    else:
+        red, green, blue = _pixels(
+            crop, place, channel_stride, row_stride, column_stride, PIXELS, WIDTH, BLOCK, FLAT
+        )
+    return red, green, blue
+
+
+@triton.jit
 def _mean(sums, PIXELS: tl.constexpr, PIECES: tl.constexpr):
     piece = tl.arange(0, triton.next_power_of_2(PIECES))
     return tl.sum(tl.load(sums + 3 * piece, mask=piece < PIECES, other=0.0), 0) / PIXELS
@@ -340,20 +366,12 @@ def _colour(
         green_mean = _mean(sums + 1, PIXELS, PIECES)
         blue_mean = _mean(sums + 2, PIXELS, PIECES)
     crop = crops + view // images * view_stride + view % images * image_stride
-    lanes = tl.arange(0, BLOCK)
     first = (PIECES - 1 - tl.program_id(1)) * BLOCK * BLOCKS
     for start in range(first, tl.minimum(first + BLOCK * BLOCKS, PIXELS), BLOCK):
-        place = start + lanes
-        # The Gaussian is symmetric: flipped before it is as flipped after it.
-        if code & 1:
-            place += WIDTH - 1 - 2 * (place % WIDTH)
-            red, green, blue = _pixels(
-                crop, place, channel_stride, row_stride, column_stride, PIXELS, WIDTH, BLOCK, FLAT
-            )
-        else:
-            red, green, blue = _pixels(
-                crop, place, channel_stride, row_stride, column_stride, PIXELS, WIDTH, BLOCK, FLAT
-            )
+        red, green, blue = _flipped(
+            crop, start + tl.arange(0, BLOCK), code & 1, channel_stride, row_stride, column_stride,
+            PIXELS, WIDTH, BLOCK, FLAT,
+        )  # fmt: skip
         red, green, blue = _turns(
             red, green, blue, turns, code, brightness, contrast, saturation, hue,
             red_mean, green_mean, blue_mean,
@@ -362,10 +380,7 @@ def _colour(
             red = 0.2989 * red + 0.5870 * green + 0.1140 * blue
             green = red
             blue = red
-        if SOFTENS:
-            if (code >> 3) & 1:
-                _put(coloured + view * (3 * PIXELS), start, red, green, blue, PIXELS, BLOCK)
-            else:
-                _put(found + view * (3 * PIXELS), start, red, green, blue, PIXELS, BLOCK)
+        if (code >> 3) & (1 if SOFTENS else 0):
+            _put(coloured + view * (3 * PIXELS), start, red, green, blue, PIXELS, BLOCK)
         else:
             _put(found + view * (3 * PIXELS), start, red, green, blue, PIXELS, BLOCK)

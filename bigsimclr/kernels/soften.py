@@ -144,6 +144,73 @@ def _tabulate(weights, sigma, reach, TAPS: tl.constexpr):
 
 
 @triton.jit
+def _all_down(
+    coloured,
+    between,
+    weights,
+    reach,
+    top,
+    rows,
+    HEIGHT: tl.constexpr,
+    LINE: tl.constexpr,
+    PITCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    TOGETHER: tl.constexpr = _TOGETHER
+    lanes = tl.arange(0, BLOCK)
+    groups = (rows + TOGETHER - 1) // TOGETHER
+    for start in range(0, groups * LINE, BLOCK):
+        place = start + lanes
+        row = place // LINE * TOGETHER
+        column = place % LINE
+        where = coloured + (top + row) * LINE + column
+        uppermost = top + start // LINE * TOGETHER - reach
+        lowest = top + (start + BLOCK - 1) // LINE * TOGETHER + TOGETHER - 1 + reach
+        if (uppermost >= 0) & (lowest < HEIGHT):
+            first, second, third, fourth = _down(
+                where, top + row, weights, reach, HEIGHT, LINE, EDGE=False
+            )
+        else:
+            first, second, third, fourth = _down(
+                where, top + row, weights, reach, HEIGHT, LINE, EDGE=True
+            )
+        target = between + row * PITCH + column
+        tl.store(target, first, mask=row < rows)
+        tl.store(target + PITCH, second, mask=row + 1 < rows)
+        tl.store(target + 2 * PITCH, third, mask=row + 2 < rows)
+        tl.store(target + 3 * PITCH, fourth, mask=row + 3 < rows)
+
+
+@triton.jit
+def _all_across(
+    between,
+    found,
+    weights,
+    reach,
+    rows,
+    RADIUS: tl.constexpr,
+    LINE: tl.constexpr,
+    GAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Taps are not aligned for wide loads: neighbours belong to neighbouring threads, and the
+    # four values of a thread lie far from each other.
+    spread = tl.arange(0, BLOCK // 4)[:, None] + tl.arange(0, 4)[None, :] * (BLOCK // 4)
+    for start in range(0, rows * LINE, BLOCK):
+        place = tl.max_contiguous(start + spread, [1, 1])
+        held = tl.minimum(place, rows * LINE - 1)
+        source = between + held + held // LINE * GAP
+        value = _across(source, weights, reach, RADIUS)
+        value = tl.minimum(
+            tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL),
+            1.0,
+            propagate_nan=tl.PropagateNan.ALL,
+        )
+        target = found + place
+        tl.store(target, value.to(found.dtype.element_ty), mask=place < rows * LINE)
+
+
+@triton.jit
 def _soften(
     coloured,
     weights,
@@ -163,7 +230,6 @@ def _soften(
     LINE: tl.constexpr = 3 * WIDTH
     VIEW: tl.constexpr = HEIGHT * LINE
     PITCH: tl.constexpr = LINE + GAP
-    TOGETHER: tl.constexpr = _TOGETHER
     view = tl.program_id(0).to(tl.int64)
     decision = decisions + view * _COLUMNS
     code = tl.load(decision + _CODE).to(tl.int32)
@@ -187,41 +253,7 @@ def _soften(
 
         top = tl.program_id(1) * ROWS
         rows = tl.minimum(HEIGHT - top, ROWS)
-        groups = (rows + TOGETHER - 1) // TOGETHER
-        for start in range(0, groups * LINE, BLOCK):
-            place = start + lanes
-            row = place // LINE * TOGETHER
-            column = place % LINE
-            where = coloured + (top + row) * LINE + column
-            uppermost = top + start // LINE * TOGETHER - reach
-            lowest = top + (start + BLOCK - 1) // LINE * TOGETHER + TOGETHER - 1 + reach
-            if (uppermost >= 0) & (lowest < HEIGHT):
-                first, second, third, fourth = _down(
-                    where, top + row, weights, reach, HEIGHT, LINE, EDGE=False
-                )
-            else:
-                first, second, third, fourth = _down(
-                    where, top + row, weights, reach, HEIGHT, LINE, EDGE=True
-                )
-            target = between + row * PITCH + column
-            tl.store(target, first, mask=row < rows)
-            tl.store(target + PITCH, second, mask=row + 1 < rows)
-            tl.store(target + 2 * PITCH, third, mask=row + 2 < rows)
-            tl.store(target + 3 * PITCH, fourth, mask=row + 3 < rows)
+        _all_down(coloured, between, weights, reach, top, rows, HEIGHT, LINE, PITCH, BLOCK)
         # So are the rows.
         tl.debug_barrier()
-        # Taps are not aligned for wide loads: neighbours belong to neighbouring threads, and the
-        # four values of a thread lie far from each other.
-        spread = tl.arange(0, BLOCK // 4)[:, None] + tl.arange(0, 4)[None, :] * (BLOCK // 4)
-        for start in range(0, rows * LINE, BLOCK):
-            place = tl.max_contiguous(start + spread, [1, 1])
-            held = tl.minimum(place, rows * LINE - 1)
-            source = between + held + held // LINE * GAP
-            value = _across(source, weights, reach, RADIUS)
-            value = tl.minimum(
-                tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL),
-                1.0,
-                propagate_nan=tl.PropagateNan.ALL,
-            )
-            target = found + top * LINE + place
-            tl.store(target, value.to(found.dtype.element_ty), mask=place < rows * LINE)
+        _all_across(between, found + top * LINE, weights, reach, rows, RADIUS, LINE, GAP, BLOCK)
