@@ -7,7 +7,7 @@ and ends with 2B float32 views [2B,3,224,224] in channels_last: random crop, fli
 grey, blur.
 
     plain       `make_views`: batched PyTorch, every image with its own order of colour operations
-    fused       the same in three kernels; on a GPU only, as is all that is fused
+    fused       the same in four kernels; on a GPU only, as is all that is fused
     fused bf16  the same, written as bfloat16
     per image   one view after another by PyTorch calls on one image, as a loader's transforms do
     batched     every operation on the whole batch and kept where it was drawn, all images in one

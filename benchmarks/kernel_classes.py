@@ -40,7 +40,7 @@ OURS: Final[dict[str, KernelClass]] = {
         ("normalise", "add_up", "collect", "finish", "slope", "leave_unit_sphere"), "loss"
     ),
     **dict.fromkeys(("square", "scale", "move"), "optimizer"),
-    **dict.fromkeys(("_crop", "_colour", "_soften"), "augmentation"),
+    **dict.fromkeys(("_crop", "_sum_up", "_colour", "_soften"), "augmentation"),
     **dict.fromkeys(("take_maxima", "pass_gradients", "fold"), "other"),
 }
 """The kernels that `bigsimclr.kernels` launches, by their whole names."""

@@ -22,9 +22,10 @@ from bigsimclr.models import build_model
 from bigsimclr.world import ALONE
 from tests.kernels.ahead import Build
 from tests.kernels.builds import (
-    distort as distort_builds,
+    colour as colour_builds,
     lars as lars_builds,
     nt_xent as nt_xent_builds,
+    soften as soften_builds,
 )
 
 TEMPERATURE: Final = 0.1
@@ -215,7 +216,7 @@ def update_case() -> Case:
 
 
 def views(device: torch.device, images: int, size: int) -> Callable[[distort.Tiles], Work]:
-    """Return both launches on two views of some images."""
+    """Return all launches on two views of some images."""
     draws = draw(images, size)
     decisions = distort.pack(
         flip=draws.flip,
@@ -240,23 +241,24 @@ def views(device: torch.device, images: int, size: int) -> Callable[[distort.Til
 
 
 def view_cases() -> Iterator[Case]:
-    colours = [{}, {"pixels": 2}, {"pixels": 8}, {"warps": 8}, {"warps": 8, "pixels": 8}]
+    colours = [{}, {"pixels": 2}, {"pixels": 8}, {"warps": 16}, {"warps": 4}, {"blocks": 4}]
     blurs = [{}, {"blur_values": 10752}, {"blur_values": 43008},
              {"blur_block": 512, "blur_warps": 4}, {"blur_block": 2048},
              {"blur_block": 2048, "blur_warps": 16}, {"blur_warps": 4}]  # fmt: skip
 
     def colour(tiles: distort.Tiles) -> Build:
-        return distort_builds.colour(SIZE, "bf16", softens=True, tiles=tiles)
+        return colour_builds.colour(SIZE, "bf16", softens=True, tiles=tiles)
 
     def blur(tiles: distort.Tiles) -> Build:
-        return distort_builds.soften(SIZE, "bf16", radius=RADIUS, tiles=tiles)
+        return soften_builds.soften(SIZE, "bf16", radius=RADIUS, tiles=tiles)
 
-    for name, changes, build in (("colours", colours, colour), ("blur", blurs, blur)):
+    cases = (("colours", "colour", colours, colour), ("blur", "soften", blurs, blur))
+    for name, module, changes, build in cases:
         every = [replace(distort.TILES, **change) for change in changes]
         yield Case(
             "distort",
             name,
-            tuple(Candidate(tiles, asdict(tiles), (("distort", build(tiles)),)) for tiles in every),
+            tuple(Candidate(tiles, asdict(tiles), ((module, build(tiles)),)) for tiles in every),
             views,
             {f"256 images of {SIZE} px": (256, SIZE)},
             BF16_ROUNDING,

@@ -1,4 +1,4 @@
-"""Colours, grey, flip and blur of all views of a batch in two launches, whatever is drawn.
+"""Colours, grey, flip and blur of all views of a batch in three launches, whatever is drawn.
 
 The same function in plain PyTorch: `bigsimclr.augment.device`, from the crop onwards, with the
 operations of `bigsimclr.augment.colour`. Nothing here has a gradient.
@@ -12,37 +12,32 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from bigsimclr.kernels.colour import colour
+from bigsimclr.kernels.soften import soften
 
 # Columns of the packed decisions: four factors, sigma, and the code of everything that is a whole
 # number. Its bits from the lowest: 0 flip, 1 jitter, 2 grey, 3 blur, 4 to 11 the operation of each
 # turn, 12 to 13 the turn of the contrast; float32 holds 24 bits exactly.
-_COLUMNS = tl.constexpr(6)
 _CONTRAST: Final = 1
-
-# The smallest normal float32, as in the plain code: a spread of zero is divided by.
-_TINY = tl.constexpr(2.0**-126)
-# Beyond six standard deviations lie 2e-9 of a Gaussian, a thirtieth of a float32's rounding. With
-# sigma uniform in 0.1 to 2.0 that leaves 14 of the 23 taps at 224 pixels, on average.
-_REACH = tl.constexpr(6.0)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """What a program of either launch works on at a time, and with what."""
+    """What a program of each launch works on at a time, and with what."""
 
     pixels: int  # of each thread
+    blocks: int  # of all threads' pixels, one after the other
     warps: int  # at most; fewer where a view has fewer pixels
     blur_values: int  # 3 x W of each row that a program blurs
     blur_block: int  # values at a time
     blur_warps: int
 
 
-TILES: Final = Tiles(pixels=4, warps=16, blur_values=21504, blur_block=1024, blur_warps=8)
-"""A program blurs 32 rows of 224 pixels, 21 blocks without a remainder. It reads up to 11 rows
-beyond either end, so with much fewer rows everything would be read twice."""
+TILES: Final = Tiles(pixels=4, blocks=7, warps=8, blur_values=21504, blur_block=1024, blur_warps=8)
+"""A program colours a seventh of a view of 224 pixels, 7 blocks without a remainder. One blurs 32
+rows, for which it reads up to 11 beyond either end: with much fewer, all would be read twice."""
 
 
 def pack(
@@ -125,265 +120,24 @@ def distort(
     decisions = decisions.contiguous()
     # Only what belongs to blurred views is ever touched.
     coloured = torch.empty_like(found, dtype=torch.float32) if radius else found
-    block = min(triton.next_power_of_2(height * width), 32 * tiles.warps * tiles.pixels)
-    _colour[(count,)](
+    colour(
         crops,
         decisions,
-        coloured,
-        found,
-        images,
-        *crops.stride(),
-        HEIGHT=height,
-        WIDTH=width,
-        SOFTENS=radius > 0,
-        BLOCK=block,
-        num_warps=max(block // (32 * tiles.pixels), 1),
-        num_stages=1,
+        coloured=coloured,
+        found=found,
+        pixels=tiles.pixels,
+        blocks=tiles.blocks,
+        warps=tiles.warps,
+        softens=radius > 0,
     )
     if radius:
-        rows = min(max(tiles.blur_values // (3 * width), 1), height)
-        _soften[(count, triton.cdiv(height, rows))](
+        soften(
             coloured,
-            torch.empty_like(coloured),
-            found,
             decisions,
-            HEIGHT=height,
-            WIDTH=width,
-            RADIUS=radius,
-            ROWS=rows,
-            BLOCK=tiles.blur_block,
-            num_warps=tiles.blur_warps,
-            num_stages=1,
+            found=found,
+            radius=radius,
+            values=tiles.blur_values,
+            block=tiles.blur_block,
+            warps=tiles.blur_warps,
         )
     return found
-
-
-@triton.jit
-def _larger(first, second):
-    return tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _smaller(first, second):
-    return tl.minimum(first, second, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _clip(values):
-    return _smaller(_larger(values, 0.0), 1.0)
-
-
-@triton.jit
-def _of_hue(position, high, spread):
-    # One channel of the hue at a position in sixths of a turn.
-    position -= 6.0 * tl.floor(position * (1 / 6))
-    return high - _clip(2.0 - tl.abs(position - 2.0)) * spread
-
-
-@triton.jit
-def _turn(red, green, blue, operation, decision, red_mean, green_mean, blue_mean):
-    # One operation of the jitter, and the clip after it.
-    factor = tl.load(decision + operation)
-    if operation == 0:
-        red *= factor
-        green *= factor
-        blue *= factor
-    elif operation == 1:
-        red = (red - red_mean) * factor + red_mean
-        green = (green - green_mean) * factor + green_mean
-        blue = (blue - blue_mean) * factor + blue_mean
-    else:
-        high = _larger(_larger(red, green), blue)
-        spread = high - _smaller(_smaller(red, green), blue)
-        inverse = 1.0 / _larger(spread, _TINY)
-        if operation == 2:
-            ratio = _smaller(_larger(high, 0.0) * inverse, factor)
-            red = (red - high) * ratio + high
-            green = (green - high) * ratio + high
-            blue = (blue - high) * ratio + high
-        else:
-            hue = 6.0 * factor + tl.where(
-                red == high,
-                (green - blue) * inverse,
-                tl.where(
-                    green == high,
-                    (blue - red) * inverse + 2.0,
-                    (red - green) * inverse + 4.0,
-                ),
-            )
-            red = _of_hue(hue + 5.0, high, spread)
-            green = _of_hue(hue + 3.0, high, spread)
-            blue = _of_hue(hue + 1.0, high, spread)
-    return _clip(red), _clip(green), _clip(blue)
-
-
-@triton.jit
-def _pixels(first, place, channel_stride, row_stride, column_stride, HEIGHT, WIDTH):
-    # Three channels in float32; zeros past the last pixel.
-    inside = place < HEIGHT * WIDTH
-    where = first + (place // WIDTH) * row_stride + (place % WIDTH) * column_stride
-    red = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-    green = tl.load(where + channel_stride, mask=inside, other=0.0).to(tl.float32)
-    blue = tl.load(where + 2 * channel_stride, mask=inside, other=0.0).to(tl.float32)
-    return red, green, blue
-
-
-@triton.jit
-def _put(target, red, green, blue, inside):
-    kind = target.dtype.element_ty
-    tl.store(target, red.to(kind), mask=inside)
-    tl.store(target + 1, green.to(kind), mask=inside)
-    tl.store(target + 2, blue.to(kind), mask=inside)
-
-
-@triton.jit
-def _turns(red, green, blue, count, code, decision, red_mean, green_mean, blue_mean):
-    for turn in range(count):
-        operation = (code >> (4 + 2 * turn)) & 3
-        red, green, blue = _turn(
-            red, green, blue, operation, decision, red_mean, green_mean, blue_mean
-        )
-    return red, green, blue
-
-
-@triton.jit
-def _means(
-    crop,
-    code,
-    decision,
-    channel_stride,
-    row_stride,
-    column_stride,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # What the contrast stretches about: the means of what the turns before it leave. Zeros without
-    # a look at the pixels where nothing is jittered.
-    PIXELS: tl.constexpr = HEIGHT * WIDTH
-    lanes = tl.arange(0, BLOCK)
-    red_sum = tl.zeros([BLOCK], tl.float32)
-    green_sum = tl.zeros([BLOCK], tl.float32)
-    blue_sum = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, ((code >> 1) & 1) * PIXELS, BLOCK):
-        place = start + lanes
-        red, green, blue = _pixels(
-            crop, place, channel_stride, row_stride, column_stride, HEIGHT, WIDTH
-        )
-        before = (code >> 12) & 3
-        red, green, blue = _turns(red, green, blue, before, code, decision, 0.0, 0.0, 0.0)
-        inside = place < PIXELS
-        red_sum += tl.where(inside, red, 0.0)
-        green_sum += tl.where(inside, green, 0.0)
-        blue_sum += tl.where(inside, blue, 0.0)
-    return tl.sum(red_sum, 0) / PIXELS, tl.sum(green_sum, 0) / PIXELS, tl.sum(blue_sum, 0) / PIXELS
-
-
-# The last batch of an evaluation has its own number of images, and needs no build of its own.
-@triton.jit(do_not_specialize=["images"])
-def _colour(
-    crops,
-    decisions,
-    coloured,
-    found,
-    images,
-    view_stride,
-    image_stride,
-    channel_stride,
-    row_stride,
-    column_stride,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SOFTENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # One program for each view: twice over its pixels if it is jittered, else once.
-    row = tl.program_id(0).to(tl.int64)
-    decision = decisions + row * _COLUMNS
-    code = tl.load(decision + 5).to(tl.int32)
-    turns = 4 * ((code >> 1) & 1)
-    crop = crops + row // images * view_stride + row % images * image_stride
-    lanes = tl.arange(0, BLOCK)
-
-    red_mean, green_mean, blue_mean = _means(
-        crop, code, decision, channel_stride, row_stride, column_stride, HEIGHT, WIDTH, BLOCK
-    )
-    for start in range(0, HEIGHT * WIDTH, BLOCK):
-        place = start + lanes
-        red, green, blue = _pixels(
-            crop, place, channel_stride, row_stride, column_stride, HEIGHT, WIDTH
-        )
-        red, green, blue = _turns(
-            red, green, blue, turns, code, decision, red_mean, green_mean, blue_mean
-        )
-        if (code >> 2) & 1:
-            red = 0.2989 * red + 0.5870 * green + 0.1140 * blue
-            green = red
-            blue = red
-        # The Gaussian is symmetric: flipped before it is as flipped after it.
-        column = place % WIDTH
-        target = place + (code & 1) * (WIDTH - 1 - 2 * column)
-        target = row * (3 * HEIGHT * WIDTH) + 3 * target
-        inside = place < HEIGHT * WIDTH
-        if SOFTENS:
-            softened = (code >> 3) & 1
-            _put(coloured + target, _clip(red), _clip(green), _clip(blue), inside & (softened > 0))
-            inside = inside & (softened == 0)
-        _put(found + target, _clip(red), _clip(green), _clip(blue), inside)
-
-
-@triton.jit
-def _weigh(source, place, inside, position, extent, step, fall, reach):
-    # The Gaussian along one axis, on which neighbours lie `step` apart and `extent` ends it.
-    total = tl.load(source + place, mask=inside, other=0.0)
-    weights = tl.full([], 1.0, tl.float32)
-    for distance in range(1, reach + 1):
-        weight = tl.exp(fall * distance * distance)
-        far = distance * step
-        before = tl.load(source + place - far, mask=inside & (position >= far), other=0.0)
-        after = tl.load(source + place + far, mask=inside & (position < extent - far), other=0.0)
-        total += weight * (before + after)
-        weights += 2.0 * weight
-    return total / weights
-
-
-@triton.jit
-def _soften(
-    coloured,
-    between,
-    found,
-    decisions,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    RADIUS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # One program for some rows of a view. A view lies in memory as H rows of W pixels of three
-    # channels, so that a tap lies 3 x W values further down, or 3 further right.
-    LINE: tl.constexpr = 3 * WIDTH
-    VIEW: tl.constexpr = HEIGHT * LINE
-    row = tl.program_id(0).to(tl.int64)
-    code = tl.load(decisions + row * _COLUMNS + 5).to(tl.int32)
-    if (code >> 3) & 1:
-        sigma = tl.load(decisions + row * _COLUMNS + 4)
-        fall = -0.5 / (sigma * sigma)
-        reach = tl.minimum((sigma * _REACH).to(tl.int32) + 1, RADIUS)
-        coloured += row * VIEW
-        between += row * VIEW
-        found += row * VIEW
-        lanes = tl.arange(0, BLOCK)
-        first = tl.program_id(1) * ROWS * LINE
-        last = tl.minimum(first + ROWS * LINE, VIEW)
-        for start in range(first, last, BLOCK):
-            place = start + lanes
-            inside = place < last
-            value = _weigh(coloured, place, inside, place, VIEW, LINE, fall, reach)
-            tl.store(between + place, value, mask=inside)
-        # The rows are read again by other threads of this program, and by no other program.
-        tl.debug_barrier()
-        for start in range(first, last, BLOCK):
-            place = start + lanes
-            inside = place < last
-            value = _weigh(between, place, inside, place % LINE, LINE, 3, fall, reach)
-            tl.store(found + place, _clip(value).to(found.dtype.element_ty), mask=inside)
