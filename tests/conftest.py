@@ -1,14 +1,10 @@
-"""One thread for a test, kernels interpreted without a GPU; before anything imports either."""
+"""Before anything imports Triton: without a GPU its kernels are interpreted."""
 
 import gc
 import os
 from collections.abc import Iterator
 
 import pytest
-
-# Tensors are small: a second thread mostly waits, and takes a core from the other tests.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import torch
 
 if not torch.cuda.is_available():
