@@ -1,8 +1,8 @@
 """Fused NT-Xent: no logit ever reaches memory, forward or backward.
 
 The plain reference is `losses.nt_xent`. Over several ranks the projections and then one number for
-each anchor are gathered; since scores are symmetric, a rank finds its rows' whole gradient from
-them, and the backward pass speaks to nobody.
+each anchor are gathered (in the fp32 grade two); since scores are symmetric, a rank finds its rows'
+whole gradient from them, and the backward pass speaks to nobody.
 
 Shapes: B pairs on this rank, N of all ranks, D values of a projection, Q rows of the queue.
 
