@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Columns of the packed decisions, which `bigsimclr.kernels.distort` describes.
-_COLUMNS = tl.constexpr(6)
-_CODE = tl.constexpr(5)
+COLUMNS = tl.constexpr(6)
+CODE = tl.constexpr(5)
 
 # The smallest normal float32, as in the plain code: a spread of zero is divided by.
 _TINY = tl.constexpr(2.0**-126)
@@ -92,7 +92,8 @@ def _smaller(first, second):
 
 
 @triton.jit
-def _clip(values):
+def clip(values):
+    """Bring values into 0 to 1; NaN stays."""
     return _smaller(_larger(values, 0.0), 1.0)
 
 
@@ -119,13 +120,13 @@ def _turn(
 ):
     # One operation of the jitter, and the clip after it.
     if operation == 0:
-        red = _clip(red * brightness)
-        green = _clip(green * brightness)
-        blue = _clip(blue * brightness)
+        red = clip(red * brightness)
+        green = clip(green * brightness)
+        blue = clip(blue * brightness)
     elif operation == 1:
-        red = _clip((red - red_mean) * contrast + red_mean)
-        green = _clip((green - green_mean) * contrast + green_mean)
-        blue = _clip((blue - blue_mean) * contrast + blue_mean)
+        red = clip((red - red_mean) * contrast + red_mean)
+        green = clip((green - green_mean) * contrast + green_mean)
+        blue = clip((blue - blue_mean) * contrast + blue_mean)
     else:
         high = _larger(_larger(red, green), blue)
         spread = high - _smaller(_smaller(red, green), blue)
@@ -152,9 +153,9 @@ def _turn(
             blue = high - _saturate(tl.abs(hue - 4.0) - 1.0) * spread
         # Neither leaves [0, 1] by more than its rounding, except with a crop that does.
         if turn == 0:
-            red = _clip(red)
-            green = _clip(green)
-            blue = _clip(blue)
+            red = clip(red)
+            green = clip(green)
+            blue = clip(blue)
     return red, green, blue
 
 
@@ -229,7 +230,7 @@ def _put(target, start, red, green, blue, PIXELS: tl.constexpr, BLOCK: tl.conste
     ROWS: tl.constexpr = min(BLOCK, 16)
     COLUMNS: tl.constexpr = BLOCK // ROWS
     colours = tl.join(tl.join(red, blue), tl.join(green, blue)).reshape(ROWS, COLUMNS, 4)
-    colours = _clip(colours.permute(1, 0, 2)).to(target.dtype.element_ty)
+    colours = clip(colours.permute(1, 0, 2)).to(target.dtype.element_ty)
     column = tl.arange(0, COLUMNS)[:, None, None]
     row = tl.arange(0, ROWS)[None, :, None]
     channel = tl.arange(0, 4)[None, None, :]
@@ -262,8 +263,8 @@ def _sum_up(
     # black of black. One program sums over some pixels of a view, if it is jittered.
     PIXELS: tl.constexpr = HEIGHT * WIDTH
     view = tl.program_id(0).to(tl.int64)
-    decision = decisions + view * _COLUMNS
-    code = tl.load(decision + _CODE).to(tl.int32)
+    decision = decisions + view * COLUMNS
+    code = tl.load(decision + CODE).to(tl.int32)
     if (code >> 1) & 1:
         brightness = tl.load(decision)
         saturation = tl.load(decision + 2)
@@ -350,8 +351,8 @@ def _colour(
     PIXELS: tl.constexpr = HEIGHT * WIDTH
     PIECES: tl.constexpr = triton.cdiv(PIXELS, BLOCK * BLOCKS)
     view = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    decision = decisions + view * _COLUMNS
-    code = tl.load(decision + _CODE).to(tl.int32)
+    decision = decisions + view * COLUMNS
+    code = tl.load(decision + CODE).to(tl.int32)
     brightness = tl.load(decision)
     contrast = tl.load(decision + 1)
     saturation = tl.load(decision + 2)

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigsimclr.kernels.colour import CODE, COLUMNS, clip
+
 # Columns of the packed decisions, which `bigsimclr.kernels.distort` describes.
-_COLUMNS = tl.constexpr(6)
 _SIGMA = tl.constexpr(4)
-_CODE = tl.constexpr(5)
 _BLUR = tl.constexpr(3)
 
 # Beyond six standard deviations lie 2e-9 of a Gaussian, a thirtieth of a float32's rounding. With
@@ -201,13 +201,8 @@ def _all_across(
         held = tl.minimum(place, rows * LINE - 1)
         source = between + held + held // LINE * GAP
         value = _across(source, weights, reach, RADIUS)
-        value = tl.minimum(
-            tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL),
-            1.0,
-            propagate_nan=tl.PropagateNan.ALL,
-        )
         target = found + place
-        tl.store(target, value.to(found.dtype.element_ty), mask=place < rows * LINE)
+        tl.store(target, clip(value).to(found.dtype.element_ty), mask=place < rows * LINE)
 
 
 @triton.jit
@@ -231,8 +226,8 @@ def _soften(
     VIEW: tl.constexpr = HEIGHT * LINE
     PITCH: tl.constexpr = LINE + GAP
     view = tl.program_id(0).to(tl.int64)
-    decision = decisions + view * _COLUMNS
-    code = tl.load(decision + _CODE).to(tl.int32)
+    decision = decisions + view * COLUMNS
+    code = tl.load(decision + CODE).to(tl.int32)
     if (code >> _BLUR) & 1:
         sigma = tl.load(decision + _SIGMA)
         reach = tl.minimum((sigma * _REACH).to(tl.int32) + 1, RADIUS)
