@@ -79,6 +79,15 @@ def capability() -> int:
     return 10 * major + minor
 
 
+def unfit(found: Found) -> str:
+    """Say why a candidate cannot be chosen, by what it was built to; nothing if it can."""
+    if found.spilled_bytes:
+        return "spills registers"
+    if found.shared_bytes > SHARED_BYTES:
+        return "needs more shared memory than there is"
+    return ""
+
+
 def prepare(number: int, candidate: int) -> Found:
     """Build a candidate; on a GPU launch it once too, so that its launches are built for later."""
     case = CASES[number]
@@ -89,11 +98,8 @@ def prepare(number: int, candidate: int) -> Found:
         spilled_bytes=sum(one.spilled_bytes for one in made),
         shared_bytes=max(one.shared_bytes for one in made),
     )
-    if found.spilled_bytes:
-        found.dropped = "spills registers"
-    elif found.shared_bytes > SHARED_BYTES:
-        found.dropped = "needs more shared memory than there is"
-    elif torch.cuda.is_available():
+    found.dropped = unfit(found)
+    if not found.dropped and torch.cuda.is_available():
         size = next(iter(case.sizes.values()))
         try:
             case.prepare(torch.device("cuda"), *size)(wanted.tiles)()

@@ -14,6 +14,7 @@ from benchmarks.capture import captured
 from benchmarks.norm_act import Clock
 from benchmarks.sweep import (
     CASES,
+    SHARED_BYTES,
     Case,
     Found,
     compare,
@@ -22,6 +23,7 @@ from benchmarks.sweep import (
     measure,
     over_chosen,
     time_size,
+    unfit,
 )
 from bigsimclr.kernels import (
     distort,
@@ -156,20 +158,26 @@ def test_without_a_gpu_there_is_no_fastest() -> None:
     assert all(row["milliseconds"] is row["dropped"] is None for row in entry["candidates"])
 
 
+def test_what_cannot_run_well_is_dropped() -> None:
+    assert unfit(Found(255, 0, SHARED_BYTES)) == ""
+    assert unfit(Found(255, 8, 0)) == "spills registers"
+    assert unfit(Found(64, 0, SHARED_BYTES + 1)) == "needs more shared memory than there is"
+
+
 @pytest.mark.slow
-def test_what_spills_is_dropped(tmp_path: Path) -> None:
+def test_candidates_are_built_without_a_gpu(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.sweep", "--only", "slope, fp32, many"]
+    command = [sys.executable, "-m", "benchmarks.sweep", "--only", "slope, fp32"]
     output = tmp_path / "sweep.json"
     subprocess.run([*command, "-o", str(output)], env=environment, check=True, capture_output=True)
     (case,) = json.loads(output.read_text())["cases"]
     rows = case["candidates"]
-    assert [row["dropped"] for row in rows] == [
-        "spills registers" if row["spilled_bytes"] else None for row in rows
-    ]
-    assert rows[0]["dropped"] is None
-    assert any(row["dropped"] for row in rows)
-    assert all(0 < row["registers"] <= 255 for row in rows)
+    assert len({row["registers"] for row in rows}) > 1
+    assert all(0 < row["registers"] <= 255 and row["shared_bytes"] > 0 for row in rows)
+    for row in rows:
+        built = Found(row["registers"], row["spilled_bytes"], row["shared_bytes"])
+        assert row["dropped"] == (unfit(built) or None)
+    assert rows[0]["spilled_bytes"] == 0  # the chosen one's
 
 
 @pytest.mark.gpu

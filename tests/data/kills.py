@@ -1,10 +1,14 @@
 """Walk through a loader again and again while its workers are killed; a process of its own.
 
-Run as `python -m tests.data.kills FOLDER SEED KILLS PAUSE_SECONDS`. Prints one JSON object: how
-many walks ended with the undisturbed view hash, and every other ending in words.
+Run as `python -m tests.data.kills FOLDER SEED DEATHS PAUSE_SECONDS`. Goes on until so many deaths
+were noticed: a worker that dies when its last work is done is missed by nobody. Prints one JSON
+object: how many walks ended with the undisturbed view hash, every other ending in words, how many
+workers were killed, and what was logged.
 """
 
+import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -25,6 +29,17 @@ from bigsimclr.data.steps import Means
 from bigsimclr.errors import DataError
 
 STEPS = 6
+
+
+class Kept(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def walked(source: FolderSource, pause: float) -> tuple[str, float]:
@@ -55,18 +70,21 @@ def kill_one(rng: random.Random, longest: float, killed: list[int], over: thread
     if workers and not over.is_set():
         victim = rng.choice(workers)
         if victim is not None:
-            os.kill(victim, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV]))
-            killed.append(victim)
+            with contextlib.suppress(ProcessLookupError):  # its walk has just ended
+                os.kill(victim, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV]))
+                killed.append(victim)
 
 
-def main(folder: str, seed: str, kills: str, pause: str) -> None:
+def main(folder: str, seed: str, deaths: str, pause: str) -> None:
     torch.set_num_threads(1)
+    logged = Kept()
+    logging.getLogger("bigsimclr").addHandler(logged)
     source = training_folder(Path(folder), ".", labelled=False)
     start = time.monotonic()
     expected = walked(source, float(pause))
     longest = time.monotonic() - start
     rng, killed, endings = random.Random(int(seed)), list[int](), Counter[str]()
-    while len(killed) < int(kills):
+    while len(logged.messages) < int(deaths):
         over = threading.Event()
         killer = threading.Thread(target=kill_one, args=(rng, longest, killed, over))
         killer.start()
@@ -78,7 +96,8 @@ def main(folder: str, seed: str, kills: str, pause: str) -> None:
         killer.join()
         if multiprocessing.active_children():
             endings["a worker outlived its loader"] += 1
-    print(json.dumps({"kills": len(killed), "endings": endings}))
+    found = {"killed": len(killed), "endings": endings, "logged": logged.messages}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
