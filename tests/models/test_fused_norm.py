@@ -170,12 +170,15 @@ def fused_network(*, selective_kernel: bool = False, memory: Memory = "none") ->
 
 
 def along_a_direction(model: SimCLR) -> Tensor:
-    """Take a loss whose gradient is large, unlike that of the squares behind a batch norm."""
+    """Take a loss whose gradient is large, unlike that of the squares behind a batch norm.
+
+    Returns:
+        The projections [8, 16]: the loss is a sum that may cancel to less than its rounding.
+    """
     dtype = next(model.parameters()).dtype
     outputs = model(images(8).to(dtype)).projections[-1]
-    loss = (outputs * drawn(8, 16, seed=8).to(dtype)).sum()
-    loss.backward()
-    return loss
+    (outputs * drawn(8, 16, seed=8).to(dtype)).sum().backward()
+    return outputs
 
 
 @pytest.mark.parametrize("selective_kernel", [False, True])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bigsimclr.models.layers import Convolution, Dense
+from bigsimclr.models.layers import TRUNCATED_STD, Convolution, Dense
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -21,6 +21,21 @@ def test_convolution_weights_are_a_truncated_normal_of_unit_fan_in(
     assert unit.std().item() == pytest.approx(1, abs=0.01)  # not sqrt(2), as He's would be
     assert unit.mean().item() == pytest.approx(0, abs=0.01)
     assert 2.25 < unit.abs().max().item() <= 2 / 0.87962566 * (1 + 1e-6)
+
+
+def test_convolution_weights_have_the_quantiles_of_a_truncated_normal() -> None:
+    weight = Convolution(1024, 512, kernel=1, generator=generator()).weight
+    drawn = weight.double().flatten() * (32.0 * TRUNCATED_STD)
+    for point in (-1.9, -1.0, -0.1, 0.0, 0.5, 1.5):
+        below = 0.5 * (math.erf(point / math.sqrt(2)) + math.erf(math.sqrt(2)))
+        share = (drawn < point).double().mean().item()
+        assert share == pytest.approx(below / math.erf(math.sqrt(2)), abs=0.003)  # 4 deviations
+
+
+def test_a_seed_gives_these_weights_with_every_version_of_pytorch() -> None:
+    weight = Convolution(64, 512, kernel=1, generator=generator()).weight
+    expected = torch.tensor([-0.00127277337, 0.0985574871, -0.176431209, -0.148033082])
+    torch.testing.assert_close(weight.flatten()[:4], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
