@@ -4,7 +4,7 @@ All take two views' projections [N, D] each and return the official sum over dir
 
     dense            ours, all logits at once: the plain reference
     chunked          ours, logits made and dropped in tiles
-    fused-bf16       ours, in Triton kernels that multiply in bfloat16; on a GPU, as the next two
+    fused-bf16       ours, in Triton kernels that multiply in 16 bits; on a GPU, as the next two
     fused-fp32       the same with the digits of float32
     strong           the usual cross-entropy in PyTorch, multiplied in bfloat16 and compiled
     lightly          its NTXentLoss as installed

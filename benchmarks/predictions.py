@@ -104,7 +104,7 @@ def loss_over_autograd(views: int) -> Predict:
 
 
 def loss_memory(views: int) -> Predict:
-    """Unit rows in bf16, the gradient in float32, and five numbers of each view."""
+    """Unit rows in 16 bits, the gradient in float32, and five numbers of each view."""
 
     def predict(_: Results) -> Prediction:
         size = views * (WIDTH * (2 + 4) + 5 * 4) / 1e6

@@ -1,8 +1,8 @@
 """Fused NT-Xent: no logit ever reaches memory, forward or backward.
 
 The plain reference is `losses.nt_xent`. Over several ranks the projections and then one number for
-each anchor are gathered (in the fp32 grade two); since scores are symmetric, a rank finds its rows'
-whole gradient from them, and the backward pass speaks to nobody.
+each anchor (at low temperatures two) are gathered; since scores are symmetric, a rank finds its
+rows' whole gradient from them, and the backward pass speaks to nobody.
 
 Shapes: B pairs on this rank, N of all ranks, D values of a projection, Q rows of the queue.
 
@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 from typing_extensions import override
 
-from bigsimclr.kernels import WIDEST_PROJECTION, is_interpreted
+from bigsimclr.kernels import WIDEST_PROJECTION
 from bigsimclr.kernels.nt_xent_rows import finish, normalise
 from bigsimclr.kernels.nt_xent_slope import leave_unit_sphere, slope
 from bigsimclr.kernels.nt_xent_sums import add_up, collect
@@ -35,11 +35,10 @@ SUMMING: Final = 264
 """Programs of a launch of the sums: two for each multiprocessor of an H100, which hold no more."""
 SLOPING: Final = 396
 """Programs of the slope's launch, where it has to be cut for them: three for each."""
+FINISHED: Final = 256
+"""Anchors of a program that turns sums into losses."""
 COLLECTED: Final = 32
 """Rows of a program that adds pieces up; it waits for memory, so there should be many."""
-LARGEST_WEIGHT: Final = 2.0**14
-"""What an anchor's largest weight becomes in float16, whose numbers go up to 65504."""
-LEAST_WEIGHT: Final = 1e-20
 ROW_VALUES: Final = 2048  # of a program that takes whole rows
 SHORTEST_CHUNK: Final = 4  # tiles of columns; in fewer, a program starts longer than it works
 
@@ -66,9 +65,12 @@ class Cut:
     sloping: int = SLOPING
 
 
-def cut_of(width: int, *, split: bool, hopper: bool) -> Cut:
+def cut_of(width: int, *, split: bool, hopper: bool, online: bool = False) -> Cut:
     """Choose for rows of a width, and for a GPU that multiplies by groups of four warps or not."""
-    return Cut(sum_tiles(width, split=split, hopper=hopper), slope_tiles(width, split=split))
+    return Cut(
+        sum_tiles(width, split=split, hopper=hopper),
+        slope_tiles(width, split=split, online=online),
+    )
 
 
 def sum_tiles(width: int, *, split: bool, hopper: bool) -> Tiles:
@@ -80,10 +82,12 @@ def sum_tiles(width: int, *, split: bool, hopper: bool) -> Tiles:
     return Tiles(32, 32, 4, 2) if split else Tiles(64, 64, 8, 2)
 
 
-def slope_tiles(width: int, *, split: bool) -> Tiles:
+def slope_tiles(width: int, *, split: bool, online: bool = False) -> Tiles:
     """Choose tiles for the gradient of some rows, which stay in registers; none spills."""
     if width <= 128:
-        return Tiles(64, 32, 4, 2) if split else Tiles(64, 64, 4, 2)
+        if split:
+            return Tiles(32 if online else 64, 32, 4, 2)
+        return Tiles(64, 64, 4, 2)
     return Tiles(16, 32, 8, 1)
 
 
@@ -109,8 +113,10 @@ def fused_nt_xent(
         second: as `first`.
         queue: past projections.
         temperature: divides the cosines; dimensionless.
-        grade: bf16 multiplies in bfloat16, for gradients to 2e-3; fp32 splits every number into
-            two of float16, for gradients to 5e-6. Positives are float32 in both.
+        grade: bf16, for training in bfloat16, multiplies in float16: gradients to 2e-3 of a few
+            views, and closer the more there are. fp32 splits every number into two of float16, for
+            gradients to 5e-6. Positives are float32 in both. At temperatures below 0.025, where a
+            score counts for more than a half tells, both are fp32.
         world: the ranks, each with as many pairs, the same queue and the same upstream gradient.
         cut: of both passes; None: what `cut_of` chooses.
 
@@ -121,11 +127,12 @@ def fused_nt_xent(
         raise ValueError(
             f"fused NT-Xent takes up to {WIDEST_PROJECTION} values, not {first.shape[1]}"
         )
+    online = temperature < LOWEST_FIXED
+    split = grade == "fp32" or online
     if cut is None:
-        split = grade == "fp32"
         hopper = first.is_cuda and torch.cuda.get_device_capability(first.device) >= HOPPER
-        cut = cut_of(padded_width(first.shape[1]), split=split, hopper=hopper)
-    loss: Tensor = _Fused.apply(first, second, queue, _Way(temperature, grade, world, cut))
+        cut = cut_of(padded_width(first.shape[1]), split=split, hopper=hopper, online=online)
+    loss: Tensor = _Fused.apply(first, second, queue, _Way(temperature, split, online, world, cut))
     return loss
 
 
@@ -133,7 +140,7 @@ def fused_nt_xent(
 class _Operand:
     """Rows as the multipliers take them."""
 
-    units: Tensor  # [.., W], float16 with rests, else bfloat16, or float32 in the interpreter
+    units: Tensor  # [.., W] float16: they need no range, and it has three bits more than bfloat16
     rests: Tensor  # [.., W] what was rounded away; `units` again where nothing is split
 
     @property
@@ -146,7 +153,8 @@ class _Way:
     """How to compute the loss."""
 
     temperature: float
-    grade: Grade
+    split: bool
+    online: bool  # with the largest cosine of each row in the place of 1
     world: World
     cut: Cut
 
@@ -166,30 +174,27 @@ class _Fused(Function):
         first, second = _rows(first), _rows(second)
         pairs, world = len(first), way.world
         scale = math.log2(math.e) / way.temperature
-        online = way.temperature < LOWEST_FIXED
-        own, positives = _normalised(first, second, split=way.grade == "fp32")
-        every = _Operand(world.gather_views(own.units), own.rests)
-        if own.split:
-            every = _Operand(every.units, world.gather_views(own.rests))
-        elif world.size > 1:
-            every = _Operand(every.units, every.units)
+        own, positives = _normalised(first, second, split=way.split)
+        units = world.gather_views(own.units)
+        every = _Operand(units, world.gather_views(own.rests) if own.split else units)
         past = None if queue is None or not len(queue) else _padded(queue, like=own)
-        sums, tops = _sums(own, every, past, scale=scale, online=online, way=way)
+        sums, tops = _sums(own, every, past, scale=scale, way=way)
         losses, weights, shares = (torch.empty_like(sums) for _ in range(3))
-        side = 256
-        finish[(triton.cdiv(2 * pairs, side),)](
-            sums, tops, positives, losses, weights, shares, pairs, scale, SIDE=side, ONLINE=online
-        )
-        exponent = _exponent(world.gather_views(weights)) if own.split else weights
+        programs = triton.cdiv(2 * pairs, FINISHED)
+        peaks = sums.new_empty(programs)
+        finish[(programs,)](
+            sums, tops, positives, losses, weights, shares, peaks,
+            pairs, scale, SIDE=FINISHED, ONLINE=way.online,
+        )  # fmt: skip
         all_shares = world.gather_views(shares)
-        all_tops = world.gather_views(tops) if online else tops
+        all_tops = world.gather_views(tops) if way.online else tops
         queued = own.units.new_empty(0) if past is None else past.units
         ctx.save_for_backward(
             first, second, own.units, own.rests, every.units, every.rests,
             queued, queued if past is None else past.rests,
-            weights, shares, tops, all_shares, all_tops, exponent,
+            weights, shares, tops, all_shares, all_tops, world.gather(peaks).flatten(),
         )  # fmt: skip
-        ctx.settings = way, scale, online, own.split  # type: ignore[attr-defined]
+        ctx.settings = way, scale  # type: ignore[attr-defined]
         return losses.sum()
 
     @staticmethod
@@ -198,8 +203,8 @@ class _Fused(Function):
         if torch.is_grad_enabled():
             raise RuntimeError("fused NT-Xent is differentiable once")
         first, second, units, rests, columns, column_rests, *others = ctx.saved_tensors  # type: ignore[attr-defined]
-        queue, queue_rests, weights, shares, tops, all_shares, all_tops, exponent = others
-        way, scale, online, split = ctx.settings  # type: ignore[attr-defined]
+        queue, queue_rests, weights, shares, tops, all_shares, all_tops, peaks = others
+        way, scale = ctx.settings  # type: ignore[attr-defined]
         (pairs, values), width = first.shape, units.shape[1]
         tiles = way.cut.slope
         row_tiles = 2 * triton.cdiv(pairs, tiles.rows)
@@ -211,10 +216,10 @@ class _Fused(Function):
         parts = units.new_empty(count, 2 * pairs, width, dtype=torch.float32)
         slope[(row_tiles, count)](
             units, rests, columns, column_rests, queue, queue_rests,
-            shares, tops, all_shares, all_tops, exponent, parts,
-            pairs, len(columns) // 2, len(queue), way.world.rank * pairs, chunk, scale,
+            shares, tops, all_shares, all_tops, peaks, parts,
+            pairs, len(columns) // 2, len(queue), len(peaks), way.world.rank * pairs, chunk, scale,
             WIDTH=width, ROWS=tiles.rows, COLUMNS=tiles.columns,
-            SPLIT=split, HAS_QUEUE=len(queue) > 0, ONLINE=online, EVEN=even,
+            SPLIT=way.split, HAS_QUEUE=len(queue) > 0, ONLINE=way.online, EVEN=even,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         # A part alone becomes the gradient where it lies, which saves its memory.
@@ -224,22 +229,12 @@ class _Fused(Function):
         )
         side = max(1, ROW_VALUES // width)
         leave_unit_sphere[(2 * triton.cdiv(pairs, side),)](
-            parts, weights, exponent, first, second, *slopes, gradient,
-            pairs, count, 1.0 / (way.temperature * pairs), first.stride(0), second.stride(0),
-            D=values, WIDTH=width, SIDE=side, SPLIT=split,
+            parts, weights, peaks, first, second, *slopes, gradient,
+            pairs, count, len(peaks), 1.0 / (way.temperature * pairs),
+            first.stride(0), second.stride(0),
+            D=values, WIDTH=width, SIDE=side,
         )  # fmt: skip
         return *slopes, None, None
-
-
-def _exponent(
-    weights: Tensor,  # [2N] of all ranks
-) -> Tensor:  # []
-    """Return the exponent of the power of two that brings derivatives into the range of float16.
-
-    One is at most the sum of two anchors' weights, of which the largest comes to a quarter of a
-    float16's range, or an eighth. What is smaller than 2^-37 of it is lost.
-    """
-    return (LARGEST_WEIGHT / weights.max().clamp(min=LEAST_WEIGHT)).log2().floor()
 
 
 def _rows(views: Tensor) -> Tensor:
@@ -251,9 +246,7 @@ def _normalised(first: Tensor, second: Tensor, *, split: bool) -> tuple[_Operand
     """Return unit rows [2B, W] and the cosines [B] of the positives."""
     pairs, values = first.shape
     width = padded_width(values)
-    # Unit rows need no range, so that a half has the more digits, and two have those of float32.
-    kind = torch.float16 if split else torch.float32 if is_interpreted() else torch.bfloat16
-    units = first.new_empty(2 * pairs, width, dtype=kind)
+    units = first.new_empty(2 * pairs, width, dtype=torch.float16)
     rests = torch.empty_like(units) if split else units
     positives = first.new_empty(pairs, dtype=torch.float32)
     side = max(1, ROW_VALUES // width)
@@ -277,15 +270,14 @@ def _sums(
     past: _Operand | None,
     *,
     scale: float,
-    online: bool,
     way: _Way,
 ) -> tuple[Tensor, Tensor]:
     """Return the sums [2B] of every anchor's negatives, and the cosines [2B] subtracted before."""
     sums = own.units.new_empty(len(own.units), dtype=torch.float32)
-    tops = sums.new_empty(sums.shape if online else (0,))
+    tops = sums.new_empty(sums.shape if way.online else (0,))
     position = way.world.rank * (len(own.units) // 2)
     launch = _Sums(own, sums, tops, scale=scale, position=position, cut=way.cut)
-    symmetric = way.world.size == 1 and not online
+    symmetric = way.world.size == 1 and not way.online
     launch.add(every, views=2, symmetric=symmetric, is_first=True)
     if past is not None:
         launch.add(past, views=1, symmetric=False, is_first=False)

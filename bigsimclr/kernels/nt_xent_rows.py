@@ -1,4 +1,9 @@
-"""The Triton kernels before and after NT-Xent's sums, with names and shapes of `nt_xent_sums`."""
+"""The Triton kernels before and after NT-Xent's sums, with names and shapes of `nt_xent_sums`.
+
+The backward pass multiplies derivatives in float16, whose numbers go from 2^-24 up to 65504. One is
+at most the sum of two anchors' weights, so all are lifted by the power of two that brings the
+largest weight to 2^14 or its half. What is smaller than 2^-37 of that weight is lost.
+"""
 
 import triton
 import triton.language as tl
@@ -9,6 +14,10 @@ SHORTEST = tl.constexpr(1e-12)
 """Squared lengths below count as this one, as in the plain loss."""
 SAFE_RATIO = tl.constexpr(1e30)
 LOG_2 = tl.constexpr(0.6931471805599453)
+LARGEST_EXPONENT = tl.constexpr(14)
+LEAST_WEIGHT = tl.constexpr(1e-20)
+PEAKS = tl.constexpr(256)
+"""Peaks that are loaded together."""
 
 
 @triton.jit
@@ -58,6 +67,7 @@ def finish(
     losses,  # [2B] out: of each anchor, over B
     weights,  # [2B] out: share of the negatives in negatives and positive together
     shares,  # [2B] out: the weight over the negatives' sum
+    peaks,  # [programs] out: largest weight of each
     pairs,
     scale,
     SIDE: tl.constexpr,
@@ -93,6 +103,20 @@ def finish(
     tl.store(losses + row, loss / pairs, mask=known)
     tl.store(weights + row, weight, mask=known)
     tl.store(shares + row, share, mask=known)
+    tl.store(peaks + tl.program_id(0), tl.max(tl.where(known, weight, 0.0), 0))
+
+
+@triton.jit
+def lift_of(
+    peaks,  # [count] whose largest is the largest weight of all ranks
+    count,
+):
+    """Return the exponent of the power of two by which derivatives are lifted."""
+    peak = tl.cast(0.0, tl.float32)
+    for start in range(0, count, PEAKS):
+        at = start + tl.arange(0, PEAKS)
+        peak = tl.maximum(peak, tl.max(tl.load(peaks + at, mask=at < count, other=0.0), 0))
+    return tl.floor(-tl.log2(tl.maximum(peak, LEAST_WEIGHT))) + LARGEST_EXPONENT
 
 
 @triton.jit

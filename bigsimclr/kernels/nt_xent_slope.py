@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from bigsimclr.kernels.nt_xent_rows import SHORTEST
+from bigsimclr.kernels.nt_xent_rows import SHORTEST, lift_of
 from bigsimclr.kernels.nt_xent_sums import (
     listed,
     load_numbers,
@@ -21,9 +21,11 @@ NOTHING = tl.constexpr(-1e30)
 def _entries(scores, by_row, by_column, row_top, column_top, scale, lift, ONLINE: tl.constexpr):
     """Return 2^lift times the derivative of the loss by each score, but for the factor 1 / T."""
     if ONLINE:
-        as_row = by_row[:, None] * tl.exp2((scores - row_top[:, None]) * scale)
-        as_row += by_column[None, :] * tl.exp2((scores - column_top[None, :]) * scale)
-        return as_row * tl.exp2(lift)
+        # A sum of entries is at least 1 here, so that no share outgrows its weight.
+        lifted = tl.exp2(lift)
+        as_row = (by_row * lifted)[:, None] * tl.exp2((scores - row_top[:, None]) * scale)
+        as_column = (by_column * lifted)[None, :]
+        return as_row + as_column * tl.exp2((scores - column_top[None, :]) * scale)
     # In the exponent, where it costs nothing and no factor by itself grows too large.
     return tl.exp2(scores * scale - (scale - lift)) * (by_row[:, None] + by_column[None, :])
 
@@ -84,8 +86,8 @@ def _add_tile(
 @triton.jit
 def slope(
     rows, row_rests, columns, column_rests, queue, queue_rests,
-    shares, tops, column_shares, column_tops, exponent, parts,
-    pairs, column_pairs, queued, position, chunk, scale,
+    shares, tops, column_shares, column_tops, peaks, parts,
+    pairs, column_pairs, queued, peak_count, position, chunk, scale,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr, HAS_QUEUE: tl.constexpr, ONLINE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +101,7 @@ def slope(
         queue, queue_rests: [Q, W].
         shares, tops: [2B], of the rows; tops ONLINE only.
         column_shares, column_tops: [2N].
-        exponent: [] of the power of two that the parts are multiplied by, SPLIT only.
+        peaks: [peak_count] as `lift_of` takes them; by that power of two parts are too large.
         parts: [P, 2B, W] out: derivatives by the unit rows, but for the factor 1 / T.
         position: of the first row.
         chunk: column tiles of a program.
@@ -107,9 +109,7 @@ def slope(
     own_view, row_start = place(tl.program_id(0), pairs, ROWS)
     row_begin, row_count = own_view * pairs + row_start, pairs - row_start
     left, left_rest = load_rows(rows, row_rests, row_begin, row_count, ROWS, WIDTH, SPLIT, EVEN)
-    lift = 0.0
-    if SPLIT:
-        lift = tl.load(exponent)
+    lift = lift_of(peaks, peak_count)
     by_row = load_numbers(shares, row_begin, row_count, ROWS, EVEN)
     row_top = by_row
     if ONLINE:
@@ -155,7 +155,7 @@ def slope(
 def leave_unit_sphere(
     parts,  # [P, 2B, W]
     weights,  # [2B]
-    exponent,  # [] of the power of two by which the parts are too large, SPLIT only
+    peaks,  # [peak_count] as `lift_of` takes them; by that power of two parts are too large
     first,  # [B, D] projections
     second,  # [B, D]
     first_slope,  # [B, D] out; both may lie where the only part does
@@ -163,13 +163,13 @@ def leave_unit_sphere(
     upstream,  # [] gradient of the loss
     pairs,
     count,  # P
+    peak_count,
     factor,  # 1 / (T B)
     first_stride,
     second_stride,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     SIDE: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """Turn the negatives' parts into the gradient of projections, whose positives stay float32."""
     view, row_start = place(tl.program_id(0), pairs, SIDE)
@@ -181,8 +181,7 @@ def leave_unit_sphere(
     for part in range(count):
         at = (tl.cast(part, tl.int64) * 2 * pairs + row)[:, None] * WIDTH + width
         total += tl.load(parts + at, mask=is_row[:, None], other=0.0)
-    if SPLIT:
-        total *= tl.exp2(-tl.load(exponent))
+    total *= tl.exp2(-lift_of(peaks, peak_count))
     weight = tl.load(weights + row, mask=is_row, other=0.0)
     weight += tl.load(weights + (1 - 2 * view) * pairs + row, mask=is_row, other=0.0)
     at = inside.to(tl.int64)[:, None]

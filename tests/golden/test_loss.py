@@ -68,7 +68,7 @@ def test_float32(values, device, name, row_chunk):
 # The bounds of the kernels against float64. Under the interpreter bf16 is float32.
 @pytest.mark.parametrize(
     ("grade", "of_value", "of_gradient"),
-    [("fp32", 2e-6, 5e-6), pytest.param("bf16", 1e-4, 2e-3, marks=pytest.mark.gpu)],
+    [("fp32", 2e-6, 5e-6), ("bf16", 1e-4, 2e-3)],
 )
 @pytest.mark.parametrize("name", [name for name in SINGLE if CASES[name]["hidden_norm"]])
 def test_fused(values, name, grade, of_value, of_gradient):

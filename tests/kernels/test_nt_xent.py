@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigsimclr.kernels.nt_xent import LARGEST_WEIGHT
+from bigsimclr.kernels.nt_xent_rows import LARGEST_EXPONENT
 from bigsimclr.losses.nt_xent import nt_xent, unit_rows
 from bigsimclr.world import ALONE, World
 from tests.distributed.ranks import on_ranks
@@ -179,7 +179,7 @@ def test_ranks_find_the_gradient_of_all(size: int, temperature: float) -> None:
         assert (found - expected).norm() < GRADIENT * expected.norm()
 
 
-# --- bfloat16 ------------------------------------------------------------------------------------
+# --- rounding ------------------------------------------------------------------------------------
 
 
 def emulated(
@@ -188,8 +188,6 @@ def emulated(
     """The kernels' arithmetic in plain PyTorch, which rounds to 16 bits where they do."""
 
     def halves(values: Tensor) -> list[Tensor]:
-        if not split:
-            return [values.bfloat16().float()]
         high = values.half().float()
         return [high, (values - high).half().float()]
 
@@ -208,7 +206,7 @@ def emulated(
     entries[image[:, None] == image[None, :]] = 0.0
     sums, own = entries.sum(1), ((positives - 1) / temperature).exp()
     losses, shares, weights = torch.log1p(sums / own), 1 / (sums + own), sums / (sums + own)
-    boost = (LARGEST_WEIGHT / weights.max()).log2().floor().exp2() if split else 1.0
+    boost = 2.0 ** (LARGEST_EXPONENT.value + math.floor(-math.log2(weights.max())))
     slopes = multiply(halves(entries * (shares[:, None] + shares[None, :]) * boost), halves(units))
     slopes /= boost
     slopes = (slopes - (weights + weights.roll(pairs))[:, None] * partner) / (temperature * pairs)
@@ -251,15 +249,24 @@ def test_few_and_saturated_views_emulated(
     assert (gradient - slopes).norm() < GRADIENT * slopes.norm()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("apart", "temperature"), CASES)
-@pytest.mark.parametrize("pairs", [1000, 1024])
-def test_bf16_on_a_gpu(pairs: int, apart: float, temperature: float) -> None:
+@pytest.mark.parametrize(
+    "pairs", [250, *(pytest.param(many, marks=pytest.mark.gpu) for many in (1000, 1024))]
+)
+def test_one_half_is_enough_for_bf16(pairs: int, apart: float, temperature: float) -> None:
     first, second = views(pairs, 128, apart=apart)
     value, gradient = measured(first, second, temperature=temperature, fused="bf16")
     expected, slopes = measured(first, second, temperature=temperature, fused=None)
     assert value == pytest.approx(expected, rel=BF16_VALUE)
     assert (gradient - slopes).norm() < BF16_GRADIENT * slopes.norm()
+
+
+def test_at_low_temperatures_a_half_is_not_enough() -> None:
+    first, second = views(37, 32, apart=0.5)
+    value, gradient = measured(first, second, temperature=0.0249, fused="bf16")
+    expected, slopes = measured(first, second, temperature=0.0249, fused="fp32")
+    assert value == expected
+    assert torch.equal(gradient, slopes)
 
 
 @pytest.mark.gpu

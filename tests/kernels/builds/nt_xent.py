@@ -1,8 +1,8 @@
-"""NT-Xent in the shapes of a GPU: bf16 and split, narrow and wide projections, ranks and queue."""
+"""NT-Xent in the shapes of a GPU: halves and split ones, narrow and wide rows, ranks and queue."""
 
 from itertools import product
 
-from bigsimclr.kernels.nt_xent import COLLECTED, ROW_VALUES, Tiles, slope_tiles, sum_tiles
+from bigsimclr.kernels.nt_xent import COLLECTED, FINISHED, ROW_VALUES, Tiles, slope_tiles, sum_tiles
 from tests.kernels.ahead import Build
 
 WIDTHS = (64, 128, 256, 512)
@@ -24,7 +24,7 @@ def sums(
     numbers = ["pairs", "column_pairs", "position", "first_tile", "stripe"]
     return Build(
         "add_up",
-        dict.fromkeys(names, "*fp16" if split else "*bf16")
+        dict.fromkeys(names, "*fp16")
         | dict.fromkeys(["pieces", "largest", "mirrored"], "*fp32")
         | dict.fromkeys(numbers, "i32")
         | {"scale": "fp32"},
@@ -53,13 +53,13 @@ def slope(
     even: bool = True,
     tiles: Tiles | None = None,
 ) -> Build:
-    tiles = tiles or slope_tiles(width, split=split)
+    tiles = tiles or slope_tiles(width, split=split, online=online)
     halves = ["rows", "row_rests", "columns", "column_rests", "queue", "queue_rests"]
-    singles = ["shares", "tops", "column_shares", "column_tops", "exponent", "parts"]
-    numbers = ["pairs", "column_pairs", "queued", "position", "chunk"]
+    singles = ["shares", "tops", "column_shares", "column_tops", "peaks", "parts"]
+    numbers = ["pairs", "column_pairs", "queued", "peak_count", "position", "chunk"]
     return Build(
         "slope",
-        dict.fromkeys(halves, "*fp16" if split else "*bf16")
+        dict.fromkeys(halves, "*fp16")
         | dict.fromkeys(singles, "*fp32")
         | dict.fromkeys(numbers, "i32")
         | {"scale": "fp32"},
@@ -77,11 +77,11 @@ def slope(
     )
 
 
-def _leave_unit_sphere(width: int, *, split: bool) -> Build:
+def _leave_unit_sphere(width: int) -> Build:
     pointers = [
         "parts",
         "weights",
-        "exponent",
+        "peaks",
         "first",
         "second",
         "first_slope",
@@ -91,9 +91,9 @@ def _leave_unit_sphere(width: int, *, split: bool) -> Build:
     return Build(
         "leave_unit_sphere",
         dict.fromkeys(pointers, "*fp32")
-        | dict.fromkeys(["pairs", "count", "first_stride", "second_stride"], "i32")
+        | dict.fromkeys(["pairs", "count", "peak_count", "first_stride", "second_stride"], "i32")
         | {"factor": "fp32"},
-        {"D": width, "WIDTH": width, "SIDE": ROW_VALUES // width, "SPLIT": split},
+        {"D": width, "WIDTH": width, "SIDE": ROW_VALUES // width},
     )
 
 
@@ -101,7 +101,7 @@ def _normalise(width: int, *, split: bool) -> Build:
     return Build(
         "normalise",
         dict.fromkeys(["first", "second", "positives"], "*fp32")
-        | dict.fromkeys(["units", "rests"], "*fp16" if split else "*bf16")
+        | dict.fromkeys(["units", "rests"], "*fp16")
         | dict.fromkeys(["pairs", "first_stride", "second_stride"], "i32"),
         {"D": width, "WIDTH": width, "SIDE": ROW_VALUES // width, "SPLIT": split},
     )
@@ -129,9 +129,9 @@ BUILDS = [
     ),
     *(slope(width, split=split) for width, split in product(WIDTHS, (False, True))),
     slope(128, split=False, even=False),
-    slope(128, split=False, online=True, has_queue=True),
+    slope(128, split=True, online=True, has_queue=True),
     slope(128, split=True, has_queue=True),
-    *(_leave_unit_sphere(width, split=width == 128) for width in WIDTHS),
+    *(_leave_unit_sphere(width) for width in WIDTHS),
     _normalise(128, split=False),
     _normalise(512, split=True),
     *(
@@ -150,9 +150,9 @@ BUILDS = [
     *(
         _small(
             "finish",
-            ["sums", "tops", "positives", "losses", "weights", "shares"],
+            ["sums", "tops", "positives", "losses", "weights", "shares", "peaks"],
             ["pairs"],
-            SIDE=256,
+            SIDE=FINISHED,
             ONLINE=online,
         )
         for online in (False, True)
