@@ -15,7 +15,6 @@ from torch import Tensor
 # much costs 10% of an update, as operations on small pieces do not pay for their calls.
 _CPU_ELEMENTS: Final = 2**16
 _GPU_ELEMENTS: Final = 2**26
-_LAYOUTS: Final = (torch.contiguous_format, torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,12 @@ def flat_pieces(
     Returns:
         Views [n] without gaps.
     """
-    size = tensors[0].numel()
-    for layout in _LAYOUTS:
-        if all(tensor.is_contiguous(memory_format=layout) for tensor in tensors):
-            flat = (tensor.as_strided((size,), (1,)) for tensor in tensors)
-            return list(zip(*(tensor.split(most) for tensor in flat), strict=True))
-    return []
+    if all(tensor.is_contiguous() for tensor in tensors):
+        flat = [tensor.view(-1) for tensor in tensors]
+    elif all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors):
+        flat = [tensor.permute(0, 2, 3, 1).view(-1) for tensor in tensors]
+    else:
+        return []
+    # Most parameters of a network are small, and cutting takes longer than their update.
+    cut = [tensor.split(most) if len(tensor) > most else (tensor,) for tensor in flat]
+    return list(zip(*cut, strict=True))

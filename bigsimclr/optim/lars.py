@@ -252,18 +252,27 @@ class LARS(Optimizer):
         """Apply one update to those that are on a CPU and without gaps; return the others."""
         most = lars_cpu.ELEMENTS * torch.get_num_threads()
         others: list[Tensor] = []
+        found: list[list[lars_cpu.Piece]] = []
         for parameter in parameters:
             gradient, momentum = parameter.grad, self.state[parameter]["momentum"]
             pieces: list[lars_cpu.Piece] = []
             if parameter.is_cpu and parameter.dtype in lars_cpu.TYPES and gradient is not None:
                 pieces = flat_pieces((parameter, gradient, momentum), most)
-            if not pieces:
+            if pieces:
+                found.append(pieces)
+            else:
                 others.append(parameter)
-                continue
-            factor = float(rate)
-            if adapt:
-                factor *= lars_cpu.trust_ratio(pieces, weight_decay, self.trust_coefficient)
-            lars_cpu.move(pieces, factor, weight_decay=weight_decay, momentum=self.momentum)
+        if adapt:
+            lars_cpu.adapt(
+                found,
+                float(rate),
+                weight_decay=weight_decay,
+                momentum=self.momentum,
+                trust_coefficient=self.trust_coefficient,
+            )
+        else:
+            every = [piece for pieces in found for piece in pieces]
+            lars_cpu.move(every, float(rate), weight_decay=weight_decay, momentum=self.momentum)
         return others
 
     def _move(self, batch: Batch, factors: list[Any], *, weight_decay: float) -> None:

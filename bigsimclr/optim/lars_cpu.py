@@ -1,8 +1,8 @@
-"""LARS of one parameter on a CPU: its memory is read once for the norms and passed once to move.
+"""LARS on a CPU: memory is read once for the norms and passed once to move.
 
-A CPU's optimizer is as slow as its memory. So the norms come from three dot products, which find a
-piece of weights and gradients in the caches after the first of them, and the update, fused, begins
-with the piece that was read last.
+A CPU's optimizer is as slow as its memory. So the norms come from three dot products, the later of
+which find a piece of weights and gradients in the caches; and the updates, fused, come after all of
+them, the last first, and begin with the piece that was read last.
 """
 
 import math
@@ -27,6 +27,28 @@ _SMALL: Final = 2**16
 _CANCELLED: Final = 1e-2
 
 
+def adapt(
+    parameters: Sequence[Sequence[Piece]],
+    rate: float,
+    *,
+    weight_decay: float,
+    momentum: float,
+    trust_coefficient: float,
+) -> None:
+    """Update parameters in place, each at its own rate.
+
+    Args:
+        parameters: pieces of each.
+        rate: of all; times the trust ratio it is that of one.
+        weight_decay: as the optimizer's.
+        momentum: as the optimizer's.
+        trust_coefficient: as the optimizer's.
+    """
+    factors = [rate * trust_ratio(pieces, weight_decay, trust_coefficient) for pieces in parameters]
+    for pieces, factor in zip(reversed(parameters), reversed(factors), strict=True):
+        move(pieces, factor, weight_decay=weight_decay, momentum=momentum)
+
+
 def trust_ratio(pieces: Sequence[Piece], weight_decay: float, trust_coefficient: float) -> float:
     """Return trust_coefficient * |weights| / |gradient + weight_decay * weights|, or 1.
 
@@ -44,8 +66,8 @@ def trust_ratio(pieces: Sequence[Piece], weight_decay: float, trust_coefficient:
         ]
     mixed = weights = gradients = 0.0
     for weight, gradient, _ in pieces:
-        mixed += float(torch.dot(weight, gradient))
         weights += float(torch.dot(weight, weight))
+        mixed += float(torch.dot(weight, gradient))
         gradients += float(torch.dot(gradient, gradient))
     slopes = gradients + weight_decay * (2.0 * mixed + weight_decay * weights)
     if slopes < _CANCELLED * (gradients + weight_decay**2 * weights):
@@ -59,16 +81,18 @@ def trust_ratio(pieces: Sequence[Piece], weight_decay: float, trust_coefficient:
 
 
 def move(pieces: Sequence[Piece], factor: float, *, weight_decay: float, momentum: float) -> None:
-    """Update a parameter in place, its last piece first.
+    """Update parameters in place, all at one rate, the last piece first.
 
     PyTorch's SGD scales the decayed gradient by 1 - dampening before it joins the momentum.
 
     Args:
-        pieces: of one parameter.
+        pieces: of any parameters; nothing happens without one.
         factor: rate times trust ratio.
         weight_decay: times the weights joins the gradient.
         momentum: share of the previous update that is kept.
     """
+    if not pieces:
+        return
     weights, gradients, momenta = zip(*reversed(pieces), strict=True)
     _fused_sgd_(
         weights,
