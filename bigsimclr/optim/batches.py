@@ -66,14 +66,15 @@ def flat_pieces(
         most: elements in a piece.
 
     Returns:
-        Views [n] without gaps.
+        Views [n] without gaps, or what has one dimension itself.
     """
     if all(tensor.is_contiguous() for tensor in tensors):
-        flat = [tensor.view(-1) for tensor in tensors]
+        flat = [tensor if tensor.ndim == 1 else tensor.view(-1) for tensor in tensors]
     elif all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors):
         flat = [tensor.permute(0, 2, 3, 1).view(-1) for tensor in tensors]
     else:
         return []
-    # Most parameters of a network are small, and cutting takes longer than their update.
-    cut = [tensor.split(most) if len(tensor) > most else (tensor,) for tensor in flat]
-    return list(zip(*cut, strict=True))
+    first, second, third = flat
+    if first.numel() <= most:  # as most of a network's: cutting takes as long as their update
+        return [(first, second, third)]
+    return list(zip(first.split(most), second.split(most), third.split(most), strict=True))

@@ -60,7 +60,7 @@ def trust_ratio(pieces: Sequence[Piece], weight_decay: float, trust_coefficient:
     Returns:
         1 where either norm is 0 or not a number.
     """
-    if sum(len(weight) for weight, _, _ in pieces) <= _SMALL:
+    if sum(weight.numel() for weight, _, _ in pieces) <= _SMALL:
         pieces = [
             (weight.double(), gradient.double(), buffer) for weight, gradient, buffer in pieces
         ]
