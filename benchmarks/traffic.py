@@ -28,7 +28,8 @@ ideal       3 + 1: two branches read the result, so that it is written; backward
             need is read beside, also for a batch norm in the shortcut, 0 + 1.
 
 Where a block begins two gradients meet, of its two branches: a kernel of its own reads both and
-writes their sum, 3 passes over the block's input; "ideal" reads one where it writes the other, 1.
+writes their sum, 3 passes over the block's input; "ideal" reads one where it writes the other, 1,
+as `models.fork` does on a GPU, which is in no other tier.
 
 *Selective kernels*, with the batch norm and ReLU over both streams:
 

@@ -37,7 +37,7 @@ class _Rounded(Function):
         return gradient, None
 
 
-def _weight_of(layer: "Convolution | Dense") -> Tensor:
+def weight_of(layer: "Convolution | Dense") -> Tensor:
     """Return what a layer computes with: under autocast its working copy, where it has one."""
     rounded = layer.working
     device = layer.weight.device.type
@@ -134,8 +134,8 @@ class Convolution(nn.Conv2d):
         if self._skips_positions:
             # The same sums: what a stride passes over is left out beforehand.
             step = self.stride[0]
-            return F.conv2d(images[:, :, ::step, ::step], _weight_of(self))
-        outputs: Tensor = self._conv_forward(images, _weight_of(self), None)
+            return F.conv2d(images[:, :, ::step, ::step], weight_of(self))
+        outputs: Tensor = self._conv_forward(images, weight_of(self), None)
         return outputs
 
     @override
@@ -166,8 +166,8 @@ class FirstConvolution(Convolution):
 
             kernel = self.kernel_size[0]
             if suits(kernel, images):
-                weight = _weight_of(self)
-                folded = fold_images(images, kernel=kernel, dtype=_computed_in(weight))
+                weight = weight_of(self)
+                folded = fold_images(images, kernel=kernel, dtype=computed_in(weight))
                 return F.conv2d(folded, fold_weight(weight))
         return super().forward(images)
 
@@ -179,7 +179,7 @@ def fuse_first_convolution(model: nn.Module) -> None:
             module.fused = True
 
 
-def _computed_in(weight: Tensor) -> torch.dtype:
+def computed_in(weight: Tensor) -> torch.dtype:
     """Return the type that a convolution with a weight computes in."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -216,7 +216,7 @@ class Dense(nn.Linear):
         inputs: Tensor,  # [N, in_width]
     ) -> Tensor:  # [N, out_width]
         """Multiply, and add the bias."""
-        return F.linear(inputs, _weight_of(self), self.bias)
+        return F.linear(inputs, weight_of(self), self.bias)
 
     @override
     def reset_parameters(self) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from bigsimclr.models.anatomy import DEPTHS, EXPANSION, GROUP_WIDTHS, scaled, stem_width
+from bigsimclr.models.fork import fork
 from bigsimclr.models.layers import Convolution, FirstConvolution
 from bigsimclr.models.memory import Recomputed
 from bigsimclr.models.norm import BatchNorm
@@ -141,8 +142,12 @@ class Bottleneck(Recomputed):
 
     The stride is on the middle convolution; the last scale starts at zero.
 
+    After `fork_bottlenecks` the gradients of its two branches are added up by a matrix product.
+
     Source: google-research/simclr resnet.py bottleneck_block.
     """
+
+    forked = False
 
     def __init__(
         self,
@@ -185,8 +190,12 @@ class Bottleneck(Recomputed):
         return self.compute(self._add_residual, inputs, norms_in=(self,), repeats_last=True)
 
     def _add_residual(self, inputs: Tensor) -> Tensor:
+        if self.forked:
+            hidden, inputs = fork(self.conv1, inputs)
+        else:
+            hidden = self.conv1(inputs)
         shortcut = inputs if self.downsample is None else self.downsample(inputs)
-        hidden = self.conv2(self.bn1(self.conv1(inputs), relu=True))
+        hidden = self.conv2(self.bn1(hidden, relu=True))
         if self.bn2 is not None:
             hidden = self.bn2(hidden, relu=True)
         outputs: Tensor = self.bn3(self.conv3(hidden), shortcut, relu=True)
@@ -316,3 +325,10 @@ def fuse_max_pool(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SameMaxPool):
             module.fused = True
+
+
+def fork_bottlenecks(model: nn.Module) -> None:
+    """Let every `Bottleneck` in `model` pass its inputs to both branches by `models.fork`."""
+    for module in model.modules():
+        if isinstance(module, Bottleneck):
+            module.forked = True

@@ -129,8 +129,8 @@ def _choose_code(recipe: AnyTraining, task: Task, world: World) -> None:
     model = task.objective.model
     world.check_same("kernels", str(task.inputs.fused))
     if task.inputs.fused:
-        # ZeRO-3 gathers a batch norm's parameters around its own forward pass, which is passed by.
-        fuse(model, selective_kernels=recipe.parallel.strategy != "deepspeed_zero3")
+        # ZeRO-3 gathers a module's parameters around its own forward pass.
+        fuse(model, bypass=recipe.parallel.strategy != "deepspeed_zero3")
     memory = fitting_memory(recipe, task.objective, views=task.views, world=world)
     save_memory(model, memory)
 

@@ -9,6 +9,7 @@ import torch
 from bigsimclr.models import Architecture, build_model
 from bigsimclr.models.memory import save_memory
 from bigsimclr.models.norm import share_batch_norm
+from bigsimclr.models.resnet import fork_bottlenecks
 from bigsimclr.models.simclr import parameter_kind
 from bigsimclr.optim import build_optimizer
 from bigsimclr.parallel.fsdp2 import FullySharded, local_of, shard_model
@@ -68,13 +69,17 @@ def test_zero3_shards_the_biggest_network_from_the_meta_device() -> None:
         assert PARAMETERS / 2 <= own < 1.001 * PARAMETERS / 2
 
 
-def gradients_of(world: World, memory: str, *, reshard: bool) -> dict[str, list]:
+def gradients_of(
+    world: World, memory: str, *, reshard: bool, forked: bool = False
+) -> dict[str, list]:
     """Gradient of some sum, and the running statistics after it."""
     backbone = ResNetBackbone(depth=50, width=0.0625, selective_kernel=True, stem="cifar")
     model = build_model(Architecture(backbone, HeadSection(output_width=8), None, 0), seed=0)
     model.double().train()
     share_batch_norm(model, world)
     save_memory(model, memory)
+    if forked:
+        fork_bottlenecks(model)
     strategy = FullySharded(world, Precision(world.device, "fp32"), reshard=reshard)
     section = Sgd(kind="sgd", learning_rate=1.0, momentum=0.0)
     strategy.prepare(
@@ -96,3 +101,17 @@ def test_what_is_computed_again_under_fsdp2_is_the_same(reshard: bool) -> None:
             assert torch.allclose(
                 torch.tensor(again[name]), torch.tensor(values), rtol=1e-12, atol=1e-14
             ), name
+
+
+@pytest.mark.parametrize(
+    ("memory", "reshard"), [("none", True), ("selective", True), ("block", False)]
+)
+def test_forked_bottlenecks_under_fsdp2_are_the_plain_ones(memory: str, reshard: bool) -> None:
+    plain, *_ = on_ranks(2, partial(gradients_of, memory=memory, reshard=reshard))
+    forked, *_ = on_ranks(2, partial(gradients_of, memory=memory, reshard=reshard, forked=True))
+    assert plain.keys() == forked.keys()
+    for name, values in plain.items():
+        found, expected = (
+            torch.tensor(numbers, dtype=torch.float64) for numbers in (forked[name], values)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
