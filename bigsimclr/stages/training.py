@@ -1,6 +1,7 @@
 """What all training stages have in common: from an objective to a finished run directory."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from bigsimclr.stages.run_directory import (
     recipe_facts,
 )
 from bigsimclr.world import World, own_job
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,11 @@ def _choose_code(recipe: AnyTraining, task: Task, world: World) -> None:
     """Choose among the ways in which a network computes the same."""
     model = task.objective.model
     world.check_same("kernels", str(task.inputs.fused))
+    if recipe.parallel.precision == "fp16" and world.device.type == "cpu" and world.rank == 0:
+        logger.warning(
+            "parallel.precision: most CPUs convolve in fp16 a hundred times as slowly as in fp32 or"
+            " bf16"
+        )
     if task.inputs.fused:
         # ZeRO-3 gathers a module's parameters around its own forward pass.
         fuse(model, bypass=recipe.parallel.strategy != "deepspeed_zero3")

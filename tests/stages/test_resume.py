@@ -70,7 +70,10 @@ def losses(directory: Path) -> list[tuple[int, float]]:
     ],
 )
 def test_stopped_and_continued_equals_uninterrupted(
-    tmp_path: Path, number: signal.Signals, overrides: tuple[str, ...]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    number: signal.Signals,
+    overrides: tuple[str, ...],
 ) -> None:
     keys = ("log.every_steps=1", *overrides)
     tiny.run(tiny.PRETRAIN, tmp_path / "whole", *keys)
@@ -84,6 +87,8 @@ def test_stopped_and_continued_equals_uninterrupted(
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    is_slow = "parallel.precision=fp16" in overrides  # these runs are on a CPU
+    assert ("most CPUs convolve in fp16" in caplog.text) == is_slow
 
 
 def test_damaged_checkpoints_are_named_and_skipped(
