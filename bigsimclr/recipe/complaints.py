@@ -150,6 +150,8 @@ def _blamed(detail: ErrorDetails, root: Node, recipe: type[Section]) -> _Place:
     kind = _below(place.node, "kind")
     if detail["type"] == "union_tag_invalid" and kind is not None:
         return replace(place, key=f"{place.key}.kind", node=kind)
+    if detail["type"] == "missing" and kind is not None and kind.line == 0:
+        return replace(place, node=kind)  # an override chose what needs the key
     return place
 
 

@@ -201,6 +201,7 @@ def test_empty_override_is_null() -> None:
         ("loss.temperature=.nan", "loss.temperature: .nan is not a finite number; "),
         ("loss.temperature='1'", "loss.temperature: should be a number, not '1'; write it without"),
         ("data.root=/x", "data.root: unknown key for this kind; it belongs to arrays, folder, "),
+        ("data.kind=folder", "data.kind: data.root: the required key is missing; the folder that"),
         ("data.rot=/x", "data.rot: unknown key; choose from kind, held_out_fraction, split_seed"),
         ("probe.linear=no", "probe.linear: should be true or false, not 'no'; write true or false"),
         ("loss=[1", "loss: a bracket is opened and never closed"),
