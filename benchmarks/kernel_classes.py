@@ -36,9 +36,7 @@ OURS: Final[dict[str, KernelClass]] = {
         "normalisation",
     ),
     **dict.fromkeys(("pool", "mix", "mix_backward", "pool_backward"), "selection"),
-    **dict.fromkeys(
-        ("normalise", "add_up", "collect", "finish", "slope", "leave_unit_sphere"), "loss"
-    ),
+    **dict.fromkeys(("normalise", "add_up", "collect", "slope", "leave_unit_sphere"), "loss"),
     **dict.fromkeys(("square", "scale", "move"), "optimizer"),
     **dict.fromkeys(("_crop", "_sum_up", "_colour", "_soften"), "augmentation"),
     **dict.fromkeys(("take_maxima", "pass_gradients", "fold"), "other"),

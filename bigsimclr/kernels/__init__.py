@@ -52,7 +52,7 @@ def uses_triton(choice: Choice, device: torch.device) -> bool:
 def is_interpreted() -> bool:
     """Say whether Triton runs its interpreter (TRITON_INTERPRET=1), on a CPU and for tests.
 
-    Its bf16 arithmetic is wrong without a word, so kernels then compute in float32.
+    Its bf16 arithmetic is wrong without a word; that of float32 and float16 is a GPU's.
     """
     import triton
 

@@ -1,8 +1,8 @@
 """Fused NT-Xent: no logit ever reaches memory, forward or backward.
 
 The plain reference is `losses.nt_xent`. Over several ranks the projections and then one number for
-each anchor (at low temperatures two) are gathered; since scores are symmetric, a rank finds its
-rows' whole gradient from them, and the backward pass speaks to nobody.
+each anchor (at low temperatures two) and the largest weights are gathered; since scores are
+symmetric, a rank finds its rows' whole gradient from them, and the backward pass speaks to nobody.
 
 Shapes: B pairs on this rank, N of all ranks, D values of a projection, Q rows of the queue.
 
@@ -21,9 +21,9 @@ from torch.autograd.function import FunctionCtx
 from typing_extensions import override
 
 from bigsimclr.kernels import WIDEST_PROJECTION
-from bigsimclr.kernels.nt_xent_rows import finish, normalise
+from bigsimclr.kernels.nt_xent_rows import collect, normalise
 from bigsimclr.kernels.nt_xent_slope import leave_unit_sphere, slope
-from bigsimclr.kernels.nt_xent_sums import add_up, collect
+from bigsimclr.kernels.nt_xent_sums import add_up
 from bigsimclr.world import World
 
 LOWEST_FIXED: Final = 0.025
@@ -35,8 +35,6 @@ SUMMING: Final = 264
 """Programs of a launch of the sums: two for each multiprocessor of an H100, which hold no more."""
 SLOPING: Final = 396
 """Programs of the slope's launch, where it has to be cut for them: three for each."""
-FINISHED: Final = 256
-"""Anchors of a program that turns sums into losses."""
 COLLECTED: Final = 32
 """Rows of a program that adds pieces up; it waits for memory, so there should be many."""
 ROW_VALUES: Final = 2048  # of a program that takes whole rows
@@ -113,10 +111,11 @@ def fused_nt_xent(
         second: as `first`.
         queue: past projections.
         temperature: divides the cosines; dimensionless.
-        grade: bf16, for training in bfloat16, multiplies in float16: gradients to 2e-3 of a few
-            views, and closer the more there are. fp32 splits every number into two of float16, for
-            gradients to 5e-6. Positives are float32 in both. At temperatures below 0.025, where a
-            score counts for more than a half tells, both are fp32.
+        grade: bf16, for training in bfloat16, multiplies in float16: gradients of a few views to
+            2e-3 down to a temperature of 0.05 and to 7e-3 at 0.025, closer the more views there
+            are. fp32 splits every number into two of float16, for gradients to 5e-6. Positives are
+            float32 in both. Below 0.025, where a score counts for more than a half tells, both are
+            fp32.
         world: the ranks, each with as many pairs, the same queue and the same upstream gradient.
         cut: of both passes; None: what `cut_of` chooses.
 
@@ -172,30 +171,25 @@ class _Fused(Function):
         way: _Way,
     ) -> Tensor:
         first, second = _rows(first), _rows(second)
-        pairs, world = len(first), way.world
+        world = way.world
         scale = math.log2(math.e) / way.temperature
         own, positives = _normalised(first, second, split=way.split)
         units = world.gather_views(own.units)
         every = _Operand(units, world.gather_views(own.rests) if own.split else units)
         past = None if queue is None or not len(queue) else _padded(queue, like=own)
-        sums, tops = _sums(own, every, past, scale=scale, way=way)
-        losses, weights, shares = (torch.empty_like(sums) for _ in range(3))
-        programs = triton.cdiv(2 * pairs, FINISHED)
-        peaks = sums.new_empty(programs)
-        finish[(programs,)](
-            sums, tops, positives, losses, weights, shares, peaks,
-            pairs, scale, SIDE=FINISHED, ONLINE=way.online,
-        )  # fmt: skip
+        anchors = _anchors(own, every, past, positives, scale=scale, way=way)
+        tops, shares = anchors.tops, anchors.shares
         all_shares = world.gather_views(shares)
         all_tops = world.gather_views(tops) if way.online else tops
         queued = own.units.new_empty(0) if past is None else past.units
         ctx.save_for_backward(
             first, second, own.units, own.rests, every.units, every.rests,
             queued, queued if past is None else past.rests,
-            weights, shares, tops, all_shares, all_tops, world.gather(peaks).flatten(),
+            anchors.weights, shares, tops, all_shares, all_tops,
+            world.gather(anchors.peaks).flatten(),
         )  # fmt: skip
         ctx.settings = way, scale  # type: ignore[attr-defined]
-        return losses.sum()
+        return anchors.losses.sum()
 
     @staticmethod
     @override
@@ -264,24 +258,41 @@ def _padded(queue: Tensor, *, like: _Operand) -> _Operand:
     return _Operand(units, (rows - units.float()).to(units.dtype) if like.split else units)
 
 
-def _sums(
+@dataclass(frozen=True)
+class _Anchors:
+    """What is found of this rank's anchors."""
+
+    sums: Tensor  # [2B] of the negatives' entries, while some are left
+    tops: Tensor  # [2B] cosines that were subtracted before; empty with a fixed offset
+    positives: Tensor  # [B] cosines
+    losses: Tensor  # [2B] over B
+    weights: Tensor  # [2B] shares of the negatives in negatives and positive together
+    shares: Tensor  # [2B] weights over sums
+    peaks: Tensor  # the largest weights of every few anchors
+
+
+def _anchors(
     own: _Operand,
     every: _Operand,
     past: _Operand | None,
+    positives: Tensor,
     *,
     scale: float,
     way: _Way,
-) -> tuple[Tensor, Tensor]:
-    """Return the sums [2B] of every anchor's negatives, and the cosines [2B] subtracted before."""
-    sums = own.units.new_empty(len(own.units), dtype=torch.float32)
-    tops = sums.new_empty(sums.shape if way.online else (0,))
-    position = way.world.rank * (len(own.units) // 2)
-    launch = _Sums(own, sums, tops, scale=scale, position=position, cut=way.cut)
+) -> _Anchors:
+    """Take the sums, and what follows from them."""
+    pairs = len(positives)
+    sums, losses, weights, shares = (positives.new_empty(2 * pairs) for _ in range(4))
+    tops = torch.empty_like(sums) if way.online else sums.new_empty(0)
+    side = min(COLLECTED, way.cut.sums.rows)
+    peaks = sums.new_empty(2 * triton.cdiv(pairs, side))
+    anchors = _Anchors(sums, tops, positives, losses, weights, shares, peaks)
+    launch = _Sums(own, anchors, scale=scale, way=way, side=side)
     symmetric = way.world.size == 1 and not way.online
-    launch.add(every, views=2, symmetric=symmetric, is_first=True)
+    launch.add(every, views=2, symmetric=symmetric, is_first=True, is_last=past is None)
     if past is not None:
-        launch.add(past, views=1, symmetric=False, is_first=False)
-    return sums, tops
+        launch.add(past, views=1, symmetric=False, is_first=False, is_last=True)
+    return anchors
 
 
 @dataclass(frozen=True)
@@ -289,45 +300,46 @@ class _Sums:
     """Adds columns to the sums of this rank's rows."""
 
     own: _Operand
-    sums: Tensor  # [2B]
-    tops: Tensor  # [2B], empty with a fixed offset
+    anchors: _Anchors
     scale: float
-    position: int
-    cut: Cut
+    way: _Way
+    side: int  # rows of a program that adds pieces up
 
-    def add(self, columns: _Operand, *, views: int, symmetric: bool, is_first: bool) -> None:
+    def add(
+        self, columns: _Operand, *, views: int, symmetric: bool, is_first: bool, is_last: bool
+    ) -> None:
         """Add all of some columns, a band of rows after the other where each serves both sides."""
+        anchors, online, tiles = self.anchors, self.way.online, self.way.cut.sums
         count, width = self.own.units.shape
         pairs, column_pairs = count // 2, len(columns.units) // views
-        tiles = self.cut.sums
+        position = self.way.world.rank * pairs
         row_tiles = 2 * triton.cdiv(pairs, tiles.rows)
         column_tiles = views * triton.cdiv(column_pairs, tiles.columns)
         if symmetric:  # each meets itself and the half that follows it
             column_tiles = row_tiles // 2 + 1
         band = min(BAND, row_tiles) if symmetric else row_tiles
         # A stripe loads its rows once; but there must be work for the whole device.
-        stripe = triton.cdiv(column_tiles, max(1, self.cut.summing // band))
+        stripe = triton.cdiv(column_tiles, max(1, self.way.cut.summing // band))
         stripes = triton.cdiv(column_tiles, stripe)
         even = pairs % tiles.rows == 0 and column_pairs % tiles.columns == 0
-        online = len(self.tops) > 0
-        pieces = self.sums.new_empty(stripes, count)
+        pieces = anchors.sums.new_empty(stripes, count)
         largest = torch.empty_like(pieces) if online else pieces
-        mirrored = self.sums.new_empty(band, count) if symmetric else pieces
+        mirrored = pieces.new_empty(band, count) if symmetric else pieces
         for start in range(0, row_tiles, band):
             rows = min(band, row_tiles - start)
             add_up[(rows, stripes)](
                 self.own.units, self.own.rests, columns.units, columns.rests,
                 pieces, largest, mirrored,
-                pairs, column_pairs, self.position, start, stripe, self.scale,
+                pairs, column_pairs, position, start, stripe, self.scale,
                 WIDTH=width, ROWS=tiles.rows, COLUMNS=tiles.columns, VIEWS=views,
                 SPLIT=self.own.split, SYMMETRIC=symmetric, ONLINE=online, EVEN=even,
                 num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
-            is_last = start + rows >= row_tiles
-            side = min(COLLECTED, tiles.rows)
-            collect[(2 * triton.cdiv(pairs, side),)](
-                pieces, largest, mirrored, self.sums, self.tops,
-                pairs, stripes if is_last else 0, start, rows, self.scale,
-                TILE=tiles.rows, SIDE=side, FIRST=is_first and start == 0,
-                SYMMETRIC=symmetric, ONLINE=online,
+            is_end = start + rows >= row_tiles
+            collect[(len(anchors.peaks),)](
+                pieces, largest, mirrored, anchors.sums, anchors.tops, anchors.positives,
+                anchors.losses, anchors.weights, anchors.shares, anchors.peaks,
+                pairs, stripes if is_end else 0, start, rows, self.scale,
+                TILE=tiles.rows, SIDE=self.side, FIRST=is_first and start == 0,
+                LAST=is_last and is_end, SYMMETRIC=symmetric, ONLINE=online,
             )  # fmt: skip

@@ -2,13 +2,14 @@
 
 The backward pass multiplies derivatives in float16, whose numbers go from 2^-24 up to 65504. One is
 at most the sum of two anchors' weights, so all are lifted by the power of two that brings the
-largest weight to 2^14 or its half. What is smaller than 2^-37 of that weight is lost.
+largest weight, if it is above 1e-20, to 2^14 or its half. What is smaller than 2^-37 of that weight
+is lost.
 """
 
 import triton
 import triton.language as tl
 
-from bigsimclr.kernels.nt_xent_sums import fixed_entries
+from bigsimclr.kernels.nt_xent_sums import fixed_entries, place
 
 SHORTEST = tl.constexpr(1e-12)
 """Squared lengths below count as this one, as in the plain loss."""
@@ -16,7 +17,9 @@ SAFE_RATIO = tl.constexpr(1e30)
 LOG_2 = tl.constexpr(0.6931471805599453)
 LARGEST_EXPONENT = tl.constexpr(14)
 LEAST_WEIGHT = tl.constexpr(1e-20)
-PEAKS = tl.constexpr(256)
+PIECES = tl.constexpr(16)
+"""Pieces that are loaded together while they are added up."""
+PEAKS = tl.constexpr(512)
 """Peaks that are loaded together."""
 
 
@@ -60,30 +63,115 @@ def normalise(
 
 
 @triton.jit
-def finish(
-    sums,  # [2B] of the negatives' entries
-    tops,  # [2B] in and out, ONLINE only: the cosine that was subtracted
-    positives,  # [B] cosines
+def collect(
+    pieces,  # [stripes, 2B]
+    largest,  # [stripes, 2B], ONLINE only
+    mirrored,  # [band, 2B], SYMMETRIC only
+    sums,  # [2B] in and out: not in where FIRST, not out where LAST
+    tops,  # [2B] likewise, ONLINE only, but always out: the cosine that was subtracted
+    positives,  # [B] cosines; this and what follows LAST only
     losses,  # [2B] out: of each anchor, over B
     weights,  # [2B] out: share of the negatives in negatives and positive together
     shares,  # [2B] out: the weight over the negatives' sum
     peaks,  # [programs] out: largest weight of each
     pairs,
+    stripes,
+    first_tile,  # of the band
+    band,
     scale,
+    TILE: tl.constexpr,
     SIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     ONLINE: tl.constexpr,
 ):
-    """Turn sums into losses log(1 + negatives / positive), without cancellation."""
-    row = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
-    known = row < 2 * pairs
-    total = tl.load(sums + row, mask=known, other=1.0)
-    positive = tl.load(positives + row % pairs, mask=known, other=0.0)
+    """Add pieces to the sums of SIDE rows of a TILE, always in the same order.
+
+    The FIRST pieces find nothing there; the LAST ones turn sums into losses.
+    """
+    view, row_start = place(tl.program_id(0), pairs, SIDE)
+    tile = view * tl.cdiv(pairs, TILE) + row_start // TILE
+    inside = row_start + tl.arange(0, SIDE)
+    is_row = inside < pairs
+    row = (view * pairs + inside).to(tl.int64)
+    total = tl.zeros([SIDE], tl.float32)
+    top = tl.full([SIDE], float("-inf"), tl.float32)
+    if not FIRST:
+        total = tl.load(sums + row, mask=is_row, other=0.0)
     if ONLINE:
-        top = tl.load(tops + row, mask=known, other=0.0)
+        if not FIRST:
+            top = tl.load(tops + row, mask=is_row, other=float("-inf"))
+        total, top = _join(total, top, pieces, largest, row, is_row, pairs, stripes, scale)
+        if LAST:
+            top = tl.where(total == 0.0, 1.0, top)  # no negative at all
+        tl.store(tops + row, top, mask=is_row)
+    else:
+        total += _added(pieces, row, is_row, pairs, stripes)
+        if SYMMETRIC:
+            total += _mirrored(mirrored, tile, row, is_row, pairs, first_tile, band, TILE)
+    if LAST:
+        positive = tl.load(positives + inside, mask=is_row, other=0.0)
+        loss, weight, share = _finished(total, top, positive, scale, ONLINE)
+        tl.store(losses + row, loss / pairs, mask=is_row)
+        tl.store(weights + row, weight, mask=is_row)
+        tl.store(shares + row, share, mask=is_row)
+        # What is no number comes to the gradient by its share.
+        peak = tl.max(tl.where(is_row & (weight > 0.0), weight, 0.0), 0)
+        tl.store(peaks + tl.program_id(0), peak)
+    else:
+        tl.store(sums + row, total, mask=is_row)
+
+
+@triton.jit
+def _join(total, top, pieces, largest, row, is_row, pairs, stripes, scale):
+    """Add pieces whose largest cosines differ."""
+    for number in range(stripes):
+        at = tl.cast(number, tl.int64) * 2 * pairs + row
+        next_top = tl.load(largest + at, mask=is_row, other=float("-inf"))
+        piece = tl.load(pieces + at, mask=is_row, other=0.0)
+        higher = tl.maximum(top, next_top)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total *= tl.exp2((top - shift) * scale)
+        total += piece * tl.exp2((next_top - shift) * scale)
+        top = higher
+    return total, top
+
+
+@triton.jit
+def _added(pieces, row, is_row, pairs, stripes):
+    """Add the pieces of all stripes."""
+    total = tl.zeros(row.shape, tl.float32)
+    for start in range(0, stripes, PIECES):
+        some = start + tl.arange(0, PIECES)
+        known = (some < stripes)[:, None] & is_row[None, :]
+        at = some.to(tl.int64)[:, None] * (2 * pairs) + row[None, :]
+        total += tl.sum(tl.load(pieces + at, mask=known, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def _mirrored(mirrored, tile, row, is_row, pairs, first_tile, band, TILE: tl.constexpr):
+    """Add what the row tiles of a band found that met this one: it is in the half behind them."""
+    total = tl.zeros(row.shape, tl.float32)
+    per_view = tl.cdiv(pairs, TILE)
+    for start in range(0, band, PIECES):
+        some = start + tl.arange(0, PIECES)
+        other = first_tile + some
+        distance = (tile - other + 2 * per_view) % (2 * per_view)
+        met = (distance > 0) & (distance < per_view + (other < per_view).to(tl.int32))
+        known = (met & (some < band))[:, None] & is_row[None, :]
+        at = some.to(tl.int64)[:, None] * (2 * pairs) + row[None, :]
+        total += tl.sum(tl.load(mirrored + at, mask=known, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def _finished(total, top, positive, scale, ONLINE: tl.constexpr):
+    """Return losses log(1 + negatives / positive), without cancellation, weights and shares."""
+    if ONLINE:
         # A sum is at least 1, the largest entry itself, unless there is no negative at all.
         is_alone = total == 0.0
-        top = tl.where(is_alone, 1.0, top)
-        tl.store(tops + row, top, mask=known)
         above = tl.log(tl.where(is_alone, 1.0, total)) + (top - positive) * scale * LOG_2
         # log(1 + e^x) from the side that does not overflow.
         small = tl.exp(-tl.abs(above))
@@ -100,10 +188,16 @@ def finish(
         loss = tl.where(is_large, large, _log1p(ratio))
         share = 1.0 / (total + entry)
         weight = total * share
-    tl.store(losses + row, loss / pairs, mask=known)
-    tl.store(weights + row, weight, mask=known)
-    tl.store(shares + row, share, mask=known)
-    tl.store(peaks + tl.program_id(0), tl.max(tl.where(known, weight, 0.0), 0))
+    return loss, weight, share
+
+
+@triton.jit
+def _log1p(value):
+    """Return log(1 + value) to the last digits also where value is tiny."""
+    grown = 1.0 + value
+    # What rounding made of the sum is divided out again (Kahan's trick).
+    correction = value / tl.where(grown == 1.0, 1.0, grown - 1.0)
+    return tl.where(grown == 1.0, value, tl.log(grown) * correction)
 
 
 @triton.jit
@@ -117,12 +211,3 @@ def lift_of(
         at = start + tl.arange(0, PEAKS)
         peak = tl.maximum(peak, tl.max(tl.load(peaks + at, mask=at < count, other=0.0), 0))
     return tl.floor(-tl.log2(tl.maximum(peak, LEAST_WEIGHT))) + LARGEST_EXPONENT
-
-
-@triton.jit
-def _log1p(value):
-    """Return log(1 + value) to the last digits also where value is tiny."""
-    grown = 1.0 + value
-    # What rounding made of the sum is divided out again (Kahan's trick).
-    correction = value / tl.where(grown == 1.0, 1.0, grown - 1.0)
-    return tl.where(grown == 1.0, value, tl.log(grown) * correction)

@@ -62,7 +62,7 @@ def _add_tile(
     by_column = tl.zeros([COLUMNS], tl.float32)
     if not QUEUED:
         by_column = load_numbers(column_shares, begin, count - start, COLUMNS, EVEN)
-    column_top = by_column
+    column_top = by_column + 1.0  # no cosine is larger; without a share, nothing may overflow
     if ONLINE:
         if not QUEUED:
             column_top = load_numbers(column_tops, begin, count - start, COLUMNS, EVEN)

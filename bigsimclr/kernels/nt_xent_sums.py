@@ -14,8 +14,6 @@ equal bits every time.
 import triton
 import triton.language as tl
 
-PIECES = tl.constexpr(16)
-"""Pieces that are loaded together while they are added up."""
 WHOLE = tl.constexpr(128)
 """Values of a row up to which a tile of rows stays in registers; wider ones come in chunks."""
 CHUNK = tl.constexpr(64)
@@ -264,66 +262,3 @@ def add_up(
     tl.store(pieces + at + row, sums, mask=is_row)
     if ONLINE:
         tl.store(largest + at + row, top, mask=is_row)
-
-
-@triton.jit
-def collect(
-    pieces,  # [stripes, 2B]
-    largest,  # [stripes, 2B], ONLINE only
-    mirrored,  # [band, 2B], SYMMETRIC only
-    sums,  # [2B] in and out; only out where FIRST
-    tops,  # [2B] likewise, ONLINE only
-    pairs,
-    stripes,
-    first_tile,  # of the band
-    band,
-    scale,
-    TILE: tl.constexpr,
-    SIDE: tl.constexpr,
-    FIRST: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    ONLINE: tl.constexpr,
-):
-    """Add pieces to the sums of SIDE rows of a TILE, always in the same order.
-
-    The FIRST pieces find nothing there.
-    """
-    view, row_start = place(tl.program_id(0), pairs, SIDE)
-    tile = view * tl.cdiv(pairs, TILE) + row_start // TILE
-    inside = row_start + tl.arange(0, SIDE)
-    is_row = inside < pairs
-    row = (view * pairs + inside).to(tl.int64)
-    total = tl.zeros([SIDE], tl.float32)
-    if not FIRST:
-        total = tl.load(sums + row, mask=is_row, other=0.0)
-    if ONLINE:
-        top = tl.full([SIDE], float("-inf"), tl.float32)
-        if not FIRST:
-            top = tl.load(tops + row, mask=is_row, other=float("-inf"))
-        for number in range(stripes):
-            at = tl.cast(number, tl.int64) * 2 * pairs + row
-            next_top = tl.load(largest + at, mask=is_row, other=float("-inf"))
-            piece = tl.load(pieces + at, mask=is_row, other=0.0)
-            higher = tl.maximum(top, next_top)
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            total *= tl.exp2((top - shift) * scale)
-            total += piece * tl.exp2((next_top - shift) * scale)
-            top = higher
-        tl.store(tops + row, top, mask=is_row)
-    else:
-        some = tl.arange(0, PIECES)
-        for start in range(0, stripes, PIECES):
-            known = ((start + some) < stripes)[:, None] & is_row[None, :]
-            at = (start + some).to(tl.int64)[:, None] * (2 * pairs) + row[None, :]
-            total += tl.sum(tl.load(pieces + at, mask=known, other=0.0), 0)
-        if SYMMETRIC:
-            # Of the band, the row tiles that met this one: it is in the half that follows them.
-            per_view = tl.cdiv(pairs, TILE)
-            for start in range(0, band, PIECES):
-                other = first_tile + start + some
-                distance = (tile - other + 2 * per_view) % (2 * per_view)
-                met = (distance > 0) & (distance < per_view + (other < per_view).to(tl.int32))
-                known = (met & (start + some < band))[:, None] & is_row[None, :]
-                at = (start + some).to(tl.int64)[:, None] * (2 * pairs) + row[None, :]
-                total += tl.sum(tl.load(mirrored + at, mask=known, other=0.0), 0)
-    tl.store(sums + row, total, mask=is_row)

@@ -69,7 +69,7 @@ def nt_xent(
         queue: Past projections; no gradient flows into them.
         normalise: Compare by cosine; False compares by inner product.
         fused: Compute in Triton kernels, of which memory holds no logit at all: "fp32" with the
-            digits of float32, "bf16" faster with gradients to 2e-3. For a GPU; cosines only.
+            digits of float32, "bf16" faster, with those of bf16. For a GPU; cosines only.
         world: The ranks, each with as many pairs and the same queue; every rank makes this call,
             and the backward pass.
 

@@ -24,8 +24,9 @@ def fork(
     """Convolve inputs, and return them as well, for the shortcut.
 
     The values are those of the convolution and the inputs; gradients are theirs to rounding, and of
-    first order only. Hooks of the convolution are passed by, and the memory of the shortcut's
-    gradient becomes that of the inputs'.
+    first order only. The memory of the shortcut's gradient becomes that of the inputs': whatever
+    else reads it must be behind the convolution's results, as a batch norm that adds the shortcut
+    is, and a hook that keeps it must copy it. Hooks of the convolution are passed by.
 
     Args:
         convolution: 1x1, of stride 1.
@@ -80,7 +81,7 @@ class _Fork(Function):
                 groups=1,
                 output_mask=[False, True, False],
             )[1]
-        # Whoever made the shortcut's gradient is done: this one comes from behind the sum as well.
+        # All who read the shortcut's gradient are done: this one comes from behind them.
         beside = beside.contiguous(memory_format=torch.channels_last)
         _rows(beside).addmm_(_rows(gradient), weight.flatten(1))
         return beside, of_weight

@@ -17,6 +17,7 @@ def fuse(model: nn.Module, *, bypass: bool = True) -> None:
         model: a network of this package, or a part of one.
         bypass: also what passes by the forward pass of a module inside, and so by its hooks:
             selective kernels that of their batch norm, bottlenecks that of their first convolution.
+            Of a bottleneck's gradients, hooks must then copy what they keep (`models.fork`).
     """
     fuse_first_convolution(model)
     fuse_batch_norm(model)

@@ -37,7 +37,9 @@ class _Rounded(Function):
         return gradient, None
 
 
-def weight_of(layer: "Convolution | Dense") -> Tensor:
+def weight_of(
+    layer: "Convolution | Dense",
+) -> Tensor:  # as the layer's weight
     """Return what a layer computes with: under autocast its working copy, where it has one."""
     rounded = layer.working
     device = layer.weight.device.type
@@ -179,7 +181,9 @@ def fuse_first_convolution(model: nn.Module) -> None:
             module.fused = True
 
 
-def computed_in(weight: Tensor) -> torch.dtype:
+def computed_in(
+    weight: Tensor,  # [C', C, K, K]
+) -> torch.dtype:
     """Return the type that a convolution with a weight computes in."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

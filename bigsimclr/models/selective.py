@@ -60,13 +60,11 @@ class SelectiveKernel(nn.Module):
         return weights
 
     def _is_for_kernels(self, streams: Tensor) -> bool:
+        from bigsimclr.kernels.norm_statistics import suits
+
         # Between its two passes, a checkpointed network may have been put in evaluation mode.
         is_repeated = self.bn.note is not None and self.bn.note.written
-        return (
-            (self.bn.training or is_repeated)
-            and streams.dtype in {torch.float32, torch.bfloat16, torch.float16}
-            and streams.is_contiguous(memory_format=torch.channels_last)
-        )
+        return (self.bn.training or is_repeated) and suits(streams)
 
     def _mix_fused(
         self,

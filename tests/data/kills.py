@@ -78,7 +78,7 @@ def kill_one(rng: random.Random, longest: float, killed: list[int], over: thread
 def main(folder: str, seed: str, deaths: str, pause: str) -> None:
     torch.set_num_threads(1)
     logged = Kept()
-    logging.getLogger("bigsimclr").addHandler(logged)
+    logging.getLogger("bigsimclr.data.workers").addHandler(logged)
     source = training_folder(Path(folder), ".", labelled=False)
     start = time.monotonic()
     expected = walked(source, float(pause))

@@ -65,7 +65,7 @@ def test_float32(values, device, name, row_chunk):
     torch.testing.assert_close(gradient.double(), slope, rtol=0, atol=limit)
 
 
-# The bounds of the kernels against float64. Under the interpreter bf16 is float32.
+# The bounds of the kernels against float64.
 @pytest.mark.parametrize(
     ("grade", "of_value", "of_gradient"),
     [("fp32", 2e-6, 5e-6), ("bf16", 1e-4, 2e-3)],

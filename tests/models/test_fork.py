@@ -110,7 +110,7 @@ def test_it_is_differentiable_once() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_rounded_once(dtype: torch.dtype, device: str) -> None:
+def test_16_bits_are_rounded_to_the_last(dtype: torch.dtype, device: str) -> None:
     layer, inputs = convolution(dtype).to(device), drawn(16, 12, 7, 9).to(device, dtype)
     exact = copy.deepcopy(layer).double().cpu()
     (outputs, beside), (plain, _) = (

@@ -32,7 +32,7 @@ def test_convolution_weights_have_the_quantiles_of_a_truncated_normal() -> None:
         assert share == pytest.approx(below / math.erf(math.sqrt(2)), abs=0.003)  # 4 deviations
 
 
-def test_a_seed_gives_these_weights_with_every_version_of_pytorch() -> None:
+def test_a_seed_gives_these_weights_whatever_the_version_of_pytorch() -> None:
     weight = Convolution(64, 512, kernel=1, generator=generator()).weight
     expected = torch.tensor([-0.00127277337, 0.0985574871, -0.176431209, -0.148033082])
     torch.testing.assert_close(weight.flatten()[:4], expected, rtol=1e-6, atol=0)

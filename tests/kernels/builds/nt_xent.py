@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from bigsimclr.kernels.nt_xent import COLLECTED, FINISHED, ROW_VALUES, Tiles, slope_tiles, sum_tiles
+from bigsimclr.kernels.nt_xent import COLLECTED, ROW_VALUES, Tiles, slope_tiles, sum_tiles
 from tests.kernels.ahead import Build
 
 WIDTHS = (64, 128, 256, 512)
@@ -107,9 +107,27 @@ def _normalise(width: int, *, split: bool) -> Build:
     )
 
 
-def _small(name: str, pointers: list[str], numbers: list[str], **constants: object) -> Build:
-    kinds = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(numbers, "i32")
-    return Build(name, kinds | {"scale": "fp32"}, constants)
+WHEN = ((True, True, False), (True, False, False), (False, True, False), (True, True, True))
+
+
+def _collect(*, first: bool, last: bool, online: bool) -> Build:
+    pointers = [
+        *("pieces", "largest", "mirrored", "sums", "tops"),
+        *("positives", "losses", "weights", "shares", "peaks"),
+    ]
+    numbers = dict.fromkeys(["pairs", "stripes", "first_tile", "band"], "i32")
+    return Build(
+        "collect",
+        dict.fromkeys(pointers, "*fp32") | numbers | {"scale": "fp32"},
+        {
+            "TILE": 128,
+            "SIDE": COLLECTED,
+            "FIRST": first,
+            "LAST": last,
+            "SYMMETRIC": not online,
+            "ONLINE": online,
+        },
+    )
 
 
 BUILDS = [
@@ -134,27 +152,5 @@ BUILDS = [
     *(_leave_unit_sphere(width) for width in WIDTHS),
     _normalise(128, split=False),
     _normalise(512, split=True),
-    *(
-        _small(
-            "collect",
-            ["pieces", "largest", "mirrored", "sums", "tops"],
-            ["pairs", "stripes", "first_tile", "band"],
-            TILE=128,
-            SIDE=COLLECTED,
-            FIRST=online,
-            SYMMETRIC=not online,
-            ONLINE=online,
-        )
-        for online in (False, True)
-    ),
-    *(
-        _small(
-            "finish",
-            ["sums", "tops", "positives", "losses", "weights", "shares", "peaks"],
-            ["pairs"],
-            SIDE=FINISHED,
-            ONLINE=online,
-        )
-        for online in (False, True)
-    ),
+    *(_collect(first=first, last=last, online=online) for first, last, online in WHEN),
 ]
