@@ -22,8 +22,8 @@ def lars_is_bound(results: Results) -> str:
     copied = found["copied_gigabytes_per_second"]
     return (
         "memory binds an update on a CPU. On one thread ours moves its bytes at "
-        f"{rows['plain'] / copied:.0%} of the speed of a copy, and lightly's at "
-        f"{rows['lightly'] / copied:.0%}."
+        f"{rows['plain'] / copied:.0%} of the speed of a copy, at which an update is "
+        f"{number(copied / rows['lightly'])} times as fast as lightly's."
     )
 
 

@@ -148,7 +148,7 @@ def test_what_is_said_of_lars_on_a_cpu_holds() -> None:
     copied = 28 * found["parameters"] / one_thread["copied_gigabytes_per_second"] / 1e6
     bound = theirs["median_milliseconds"] / copied
     (words,) = (target.why(RESULTS_NOW) for target in CPU if target.part == "optimizer")
-    (said,) = re.findall(r"it would be ([\d.]+) times", words)
+    (said,) = re.findall(r"an update is ([\d.]+) times", words)
     assert one_thread["threads"] == 1
     assert float(said) == pytest.approx(bound, rel=0.01)
     assert bound < 2

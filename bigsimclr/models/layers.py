@@ -182,7 +182,7 @@ def fuse_first_convolution(model: nn.Module) -> None:
 
 
 def computed_in(
-    weight: Tensor,  # [C', C, K, K]
+    weight: Tensor,  # [F, C, k, k]
 ) -> torch.dtype:
     """Return the type that a convolution with a weight computes in."""
     device = weight.device.type
