@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bigsimclr.engine.checkpoint import Checkpoint
 from bigsimclr.engine.stop import StopRequest
 from bigsimclr.report.progress import Progress
 from bigsimclr.stages.single import run_stage
@@ -39,6 +40,13 @@ def losses_of(
     return [v["train/loss"] for v in values if "train/loss" in v]
 
 
+def assert_rounded_otherwise(found: Checkpoint, expected: Checkpoint) -> None:
+    """Losses and many tensors may round alike; not all do where other code has run."""
+    pairs = {n: (t, expected.tensors["model"][n]) for n, t in found.tensors["model"].items()}
+    alike = [name for name, (one, other) in pairs.items() if torch.equal(one, other)]
+    assert len(alike) < len(pairs) / 2, alike
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted on a CPU")
 @pytest.mark.parametrize(
     "overrides",
@@ -66,11 +74,9 @@ def test_supervised_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         for name in ("plain", "triton")
     )
     assert fused == pytest.approx(plain, rel=1e-4)
-    # Losses may round alike; all of the weights do not where other code has run.
     ends = [newest(tmp_path / name) for name in ("plain", "triton")]
     assert_close(ends[1], ends[0], 1e-5, ("model",))
-    plain_weight, fused_weight = (end.tensors["model"]["backbone.conv1.weight"] for end in ends)
-    assert not torch.equal(fused_weight, plain_weight)
+    assert_rounded_otherwise(ends[1], ends[0])
 
 
 def train_on(world: World, folder: Path, name: str, *overrides: str) -> None:
@@ -96,10 +102,7 @@ def test_ranks(strategy: str, tmp_path: Path) -> None:
     on_ranks(2, partial(share_training, folder=tmp_path, overrides=overrides))
     plain, fused = newest(tmp_path / "plain"), newest(tmp_path / "fused")
     assert_close(fused, plain, 1e-5)
-    assert not torch.equal(
-        fused.tensors["model"]["backbone.conv1.weight"],
-        plain.tensors["model"]["backbone.conv1.weight"],
-    )
+    assert_rounded_otherwise(fused, plain)
 
 
 def share_training(world: World, folder: Path, overrides: tuple[str, ...]) -> None:
