@@ -307,7 +307,8 @@ def _flipped(
     BLOCK: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    # The Gaussian is symmetric: flipped before it is as flipped after it.
+    # The Gaussian is symmetric: flipped before it is as flipped after it. Both ways load for
+    # themselves: places that may be mirrored would be read one by one where none is.
     if flips:
         place += WIDTH - 1 - 2 * (place % WIDTH)
         red, green, blue = _pixels(

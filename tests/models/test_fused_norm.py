@@ -193,6 +193,20 @@ def test_a_fused_network_is_the_plain_one(
     assert len(calls) == sum(isinstance(module, BatchNorm) for module in model.modules())
 
 
+def bottleneck(*, projects: bool, selective_kernel: bool) -> Bottleneck:
+    """Make a block whose last scale is not zero, so that all of it counts."""
+    block = Bottleneck(
+        16,
+        4,
+        stride=2 if projects else 1,
+        projects=projects,
+        selective_kernel=selective_kernel,
+        generator=torch.Generator().manual_seed(0),
+    )
+    block.bn3.weight.detach().fill_(0.7)
+    return block
+
+
 @pytest.mark.parametrize("projects", [True, False])
 @pytest.mark.parametrize("selective_kernel", [False, True])
 def test_a_fused_bottleneck_is_the_plain_one(
@@ -200,15 +214,7 @@ def test_a_fused_bottleneck_is_the_plain_one(
 ) -> None:
     found: list[State] = []
     for fused in (True, False):
-        block = Bottleneck(
-            16,
-            4,
-            stride=2 if projects else 1,
-            projects=projects,
-            selective_kernel=selective_kernel,
-            generator=torch.Generator().manual_seed(0),
-        )
-        block.bn3.weight.detach().fill_(0.7)
+        block = bottleneck(projects=projects, selective_kernel=selective_kernel)
         inputs = drawn(3, 16, 7, 6)
         if fused:
             fuse_batch_norm(block)
